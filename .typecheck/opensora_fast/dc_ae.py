@@ -1,0 +1,1 @@
+../../opensora_fast/dc_ae.py

@@ -1,0 +1,55 @@
+"""Which implementation of an op runs: what its `choose` says, unless OPENSORA_FAST_BACKEND says otherwise.
+
+`OPENSORA_FAST_BACKEND=op:name[,op:name]`, where op is a file of this folder and covers all its functions; read once.
+"""
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Mapping
+
+VARIABLE = "OPENSORA_FAST_BACKEND"
+NAMES = ("reference", "host", "cuda", "triton", "gluon", "cudnn", "flash", "cpu_flash")
+
+
+def parse_overrides(text: str) -> dict[str, str]:
+    """Turn `op:name,op:name` into a dict; ValueError names the part that is not an op of this package or a backend."""
+    overrides = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        op, _, name = part.partition(":")
+        if name not in NAMES:
+            raise ValueError(f"{VARIABLE}: {part!r} is not op:name; the names are {', '.join(NAMES)}")
+        if not op.isidentifier() or importlib.util.find_spec(f"opensora_fast.kernels.{op}") is None:
+            raise ValueError(f"{VARIABLE}: {op!r} in {part!r} is no op; an op is a file of opensora_fast/kernels")
+        overrides[op] = name
+    return overrides
+
+
+@functools.cache
+def overrides() -> dict[str, str]:
+    """The overrides of this process's environment."""
+    return parse_overrides(os.environ.get(VARIABLE, ""))
+
+
+def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tuple[str, str]:
+    """Return (backend, reason): the override of `op` when there is one, else `choice`.
+
+    missing: backend -> why it cannot run on this device and dtype, empty when it can. Raises ValueError when the
+    override is not among the backends of this device or cannot run.
+    """
+    name = overrides().get(op)
+    if name is None:
+        return choice
+    setting = f"{VARIABLE}={op}:{name}"
+    if name not in missing:
+        raise ValueError(f"{setting} does not exist for these tensors; choose one of {', '.join(missing)} or unset it")
+    if missing[name]:
+        raise ValueError(f"{setting} cannot run: {missing[name]}; or unset it")
+    return name, setting
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Say aloud, once in a process, that an op runs on something slower than it could."""
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

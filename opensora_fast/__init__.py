@@ -1,0 +1,1 @@
+"""The thin model layer: MMDiT, autoencoders, flow matching, sampling and the command line."""

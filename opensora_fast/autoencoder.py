@@ -1,0 +1,36 @@
+"""What the trainer and the sampler ask of a video autoencoder, whichever one it is.
+
+Shapes  B batch, C channels, T frames, H and W pixels; t, h, w the latent counts of the last three.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Autoencoder(Protocol):
+    """A video autoencoder. Videos are in [-1, 1]; latents have about unit standard deviation."""
+
+    @property
+    def latent_channels(self) -> int:
+        """C of a latent."""
+
+    @property
+    def compression(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels to one latent."""
+
+    @property
+    def causal(self) -> bool:
+        """True: the first latent is a lone frame (4k + 1 frames). False: every latent holds `compression[0]` frames."""
+
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """The latent of a video; [B, C, t, h, w]."""
+
+    def decode(self, latent_BCTHW: Tensor) -> Tensor:
+        """The video of a latent; [B, 3, T, H, W]."""
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of a video of this size; `UserError` naming the nearest sizes where none fits."""
+
+    def frames_of(self, latent_frames: int) -> int:
+        """T of the video that `decode` gives for t latent frames."""

@@ -1,0 +1,167 @@
+"""A trained model as it lies on disk, for whoever reads one: the sampler, the next stage, a resumed run.
+
+    RUN/recipe.json, RUN/LATEST ("step-N"), RUN/step-N/{recipe.json, progress.json, torch.distributed.checkpoint's
+    files}
+
+Tensors are flat: `model.NAME` (fp32 masters), `ema.NAME` where a moving average was kept, and the optimiser's moments.
+The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (`config`, and for diffusion runs
+`weights`: the run or checkpoint that holds them), `text` (`t5`, `clip`, `max_length_t5`, `max_length_clip`),
+`sampling_defaults`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
+from opensora_fast.dc_ae import VideoDCAE
+from opensora_fast.errors import UserError
+from opensora_fast.mmdit import MMDiT
+from opensora_fast.released import load_released_dc_ae, read_weights
+from opensora_fast.text import TextEncoders
+
+STEP_FOLDER = "step-{}"
+Weights = Literal["ema", "model"]
+
+
+def step_folders(run: Path) -> list[Path]:
+    """The published checkpoints of a run, oldest first."""
+    found = [(int(path.name[5:]), path) for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that `path` stands for: itself, or the newest of a run. Raises UserError when there is none."""
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: no such folder; name a run or one of its step-N folders")
+    if (path / ".metadata").is_file():
+        return path
+    folders = step_folders(path)
+    if not folders:
+        raise UserError(f"checkpoint {path}: holds no finished checkpoint; train it further, or name another folder")
+    return folders[-1]
+
+
+def read_recipe(step_folder: Path) -> dict:
+    """The recipe that the checkpoint's weights belong to. Raises UserError when it cannot be read."""
+    path = step_folder / "recipe.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not readable ({error}); name another checkpoint") from error
+
+
+def read_tensors(step_folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place. Raises UserError naming what the checkpoint lacks, or why it cannot be read."""
+    stored = _stored(step_folder)
+    missing = sorted(tensors.keys() - stored.keys())
+    if missing:
+        raise UserError(
+            f"checkpoint {step_folder} lacks {len(missing)} tensors, {missing[0]} among them: another architecture"
+        )
+    for name, tensor in tensors.items():
+        if stored[name].size != tensor.shape:
+            theirs, ours = tuple(stored[name].size), tuple(tensor.shape)
+            raise UserError(
+                f"checkpoint {step_folder}: {name} is {theirs}, the model's is {ours}: another architecture"
+            )
+    with _readable(step_folder):
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(step_folder), no_dist=True)
+
+
+def _stored(step_folder: Path) -> dict:
+    with _readable(step_folder):
+        return dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
+
+
+@contextmanager
+def _readable(step_folder: Path) -> Iterator[None]:
+    try:
+        with single_process():
+            yield
+    # whatever the reader trips over in a damaged file: it is reported, and an older checkpoint may serve
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"checkpoint {step_folder} cannot be read ({reason(error)}): name an older one") from error
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """torch.distributed.checkpoint without its warning that there is no process group: none is wanted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, on one line: torch.distributed.checkpoint wraps the errors of its ranks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_mmdit(step_folder: Path, weights: Weights | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
+    """The transformer of a checkpoint, for evaluation. `weights` None takes the moving average if there is one."""
+    recipe = read_recipe(step_folder)
+    if "model" not in recipe:
+        raise UserError(
+            f"checkpoint {step_folder} (recipe {recipe.get('name')}) holds no transformer: name a diffusion run"
+        )
+    with torch.device("meta"):
+        model = MMDiT(config_from_dict(MMDiTConfig, recipe["model"]))
+    _fill(model, step_folder, weights)
+    return model.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) -> VideoDCAE:
+    """The autoencoder of a recipe's `autoencoder` section, for evaluation, in its convolutions' memory format.
+
+    `section["weights"]` is a run or checkpoint, whose own configuration counts, or released weights laid out as
+    `section["config"]`.
+    """
+    path = Path(section["weights"])
+    if path.is_file() or any(path.glob("*.safetensors*")):
+        model = load_released_dc_ae(read_weights(path), section["config"])
+    else:
+        step_folder = find_checkpoint(path)
+        recipe = read_recipe(step_folder)
+        if "model" in recipe or "autoencoder" not in recipe:
+            raise UserError(
+                f"checkpoint {step_folder} (recipe {recipe.get('name')}) holds no autoencoder: name an autoencoder run"
+            )
+        config = config_from_dict(VideoDCAEConfig, recipe["autoencoder"]["config"])
+        if config.scaling_factor is None:
+            raise UserError(f"checkpoint {step_folder} is of an unfinished autoencoder run: train it to its last step")
+        with torch.device("meta"):
+            model = VideoDCAE(config)
+        _fill(model, step_folder, None)
+    return model.to(device, dtype).channels_last().eval().requires_grad_(False)
+
+
+def load_text_encoders(section: dict, device: torch.device, dtype: torch.dtype) -> TextEncoders:
+    """The text encoders that a recipe's `text` section names."""
+    return TextEncoders.from_folders(
+        Path(section["t5"]),
+        Path(section["clip"]),
+        max_length_t5=section["max_length_t5"],
+        max_length_clip=section["max_length_clip"],
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _fill(model: nn.Module, step_folder: Path, weights: Weights | None) -> None:
+    """Give a model on the meta device its weights, in host memory."""
+    if weights is None:
+        weights = "ema" if any(name.startswith("ema.") for name in _stored(step_folder)) else "model"
+    model.to_empty(device="cpu")
+    read_tensors(step_folder, {f"{weights}.{name}": tensor.detach() for name, tensor in model.state_dict().items()})

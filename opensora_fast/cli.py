@@ -1,0 +1,60 @@
+"""The doorbell: `opensora-fast COMMAND ...` imports the one module that answers and nothing else.
+
+A module answers with `main(argv: list[str]) -> int`. `UserError` becomes one line on stderr and exit code 2; Ctrl-C
+exits with 130.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from opensora_fast.errors import UserError
+
+# command -> (module, what it is for). Two words name a command of a group.
+COMMANDS = {
+    "doctor": ("opensora_fast.doctor", "versions, GPU, native extension, which backend each op uses and why"),
+    "data index": ("opensora_fast.train.index", "probe a folder of videos and images into an index"),
+    "train": ("opensora_fast.train.launch", "train a recipe; resumes from the newest good checkpoint of --out"),
+    "sample": ("opensora_fast.pipeline", "generate a video or an image from a trained checkpoint"),
+    "bench": ("opensora_fast.profiling.bench", "time the ops against the obvious alternative in one process"),
+    "demo": ("opensora_fast.profiling.demo", "train autoencoder and three stages on real clips, sample twice, report"),
+    "report": ("opensora_fast.profiling.report", "write one HTML report of finished runs"),
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:12} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    return f"usage: opensora-fast COMMAND [options]\n\n{rows}\n\nopensora-fast COMMAND --help lists its options."
+
+
+def _resolve(words: list[str]) -> tuple[str, list[str]]:
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return COMMANDS[name][0], words[length:]
+    raise UserError(f"unknown command {' '.join(words[:2])!r}: use one of {', '.join(COMMANDS)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    try:
+        module, rest = _resolve(words)
+        return import_module(module).main(rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"error: {error.filename or 'input/output'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,383 @@
+"""Video DC-AE: a deep-compression autoencoder of residual convolutions and linear attention (Open-Sora 2.0).
+
+Shapes  B batch, C channels, T frames, H and W pixels (or latents: 32x fewer in space, 4x in time as released);
+        in attention n heads of D channels, and N = T * H * W tokens.
+
+The encoder halves space (and time where the configuration says so) at the end of each stage but the last; the decoder
+mirrors it. Every change of resolution or width has a parameter-free shortcut around it, which moves space into channels
+and averages, or repeats channels and moves them into space (DC-AE, arXiv 2410.10733, section 3.1). Convolutions are
+zero-padded on all sides, time included: nothing is causal, and there is no KL and no quantisation.
+
+A single image is a video of one frame: time is then neither down- nor upsampled. Parameter names are the released ones.
+Runs in either memory format, that of its weights: `model.to(memory_format=torch.channels_last_3d)`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from opensora_fast.channel_norm import ChannelRMSNorm
+from opensora_fast.config import VideoDCAEConfig
+from opensora_fast.depthwise_conv import DepthwiseConv3d
+from opensora_fast.errors import UserError
+from opensora_fast.kernels.pixel_shuffle import channel_repeat_to_space_add, space_to_channel_mean_add
+from opensora_fast.tiling import Tiles, tile_space, tile_time
+
+INIT_STD = 0.02
+
+
+def conv3d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    stride: tuple[int, int, int] = (1, 1, 1),
+    bias: bool = True,
+) -> nn.Conv3d:
+    """Zero-padded by half the kernel on all six sides."""
+    return nn.Conv3d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
+
+
+class Conv(nn.Module):
+    """A convolution, then an optional norm, then an optional SiLU."""
+
+    def __init__(self, conv: nn.Conv3d, *, norm: bool = False, silu: bool = False):
+        super().__init__()
+        self.conv = conv
+        self.norm = ChannelRMSNorm(conv.out_channels) if norm else None
+        self.silu = silu
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW = self.conv(x_BCTHW)
+        if self.norm is not None:
+            x_BCTHW = self.norm(x_BCTHW)
+        return F.silu(x_BCTHW) if self.silu else x_BCTHW
+
+
+class OpList(nn.Module):
+    """Modules one after the other, under the released name `op_list`."""
+
+    def __init__(self, *modules: nn.Module):
+        super().__init__()
+        self.op_list = nn.ModuleList(modules)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        for module in self.op_list:
+            x_BCTHW = module(x_BCTHW)
+        return x_BCTHW
+
+
+class Residual(nn.Module):
+    """x + main(x)."""
+
+    def __init__(self, main: nn.Module):
+        super().__init__()
+        self.main = main
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return x_BCTHW + self.main(x_BCTHW)
+
+
+class ResBlockMain(nn.Module):
+    """Two convolutions; only the second is normed."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv1 = Conv(conv3d(width, width), silu=True)
+        self.conv2 = Conv(conv3d(width, width, bias=False), norm=True)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return self.conv2(self.conv1(x_BCTHW))
+
+
+class LiteMLA(nn.Module):
+    """ReLU linear attention over all of space and time, on the tokens themselves and on their 5x5x5 aggregates.
+
+    Of each head's 3 * D channels the first D are q, then k, then v.
+    """
+
+    def __init__(self, width: int, heads_dim: int):
+        super().__init__()
+        self.heads_dim = heads_dim
+        self.qkv = Conv(conv3d(width, 3 * width, 1, bias=False))
+        depthwise = DepthwiseConv3d(3 * width, 5, bias=False)
+        per_projection = nn.Conv3d(3 * width, 3 * width, 1, groups=3 * width // heads_dim, bias=False)
+        self.aggreg = nn.ModuleList([nn.Sequential(depthwise, per_projection)])
+        self.proj = Conv(conv3d(2 * width, width, 1, bias=False), norm=True)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        qkv_BCTHW = self.qkv(x_BCTHW)
+        qkv_BCTHW = torch.cat([qkv_BCTHW, *(scale(qkv_BCTHW) for scale in self.aggreg)], dim=1)
+        B, C, T, H, W = qkv_BCTHW.shape
+        heads = qkv_BCTHW.reshape(B, C // (3 * self.heads_dim), 3 * self.heads_dim, T * H * W)
+        q, k, v = heads.chunk(3, dim=2)
+        out_BCTHW = relu_linear_attention(q, k, v).reshape(B, C // 3, T, H, W)
+        return self.proj(out_BCTHW.to(qkv_BCTHW.dtype, memory_format=memory_format(qkv_BCTHW)))
+
+
+def relu_linear_attention(q_BnDN: Tensor, k_BnDN: Tensor, v_BnDN: Tensor, eps: float = 1e-15) -> Tensor:
+    """sum_m v_m (relu(k_m) . relu(q_n)) / (sum_m relu(k_m) . relu(q_n) + eps) at every token n, in O(N).
+
+    Products in the inputs' dtype (float16 in float32: its sums overflow), the quotient and the result in float32
+    or wider. Autocast is off inside.
+    """
+    with torch.autocast(device_type=q_BnDN.device.type, enabled=False):
+        if q_BnDN.dtype == torch.float16:
+            q_BnDN, k_BnDN, v_BnDN = q_BnDN.float(), k_BnDN.float(), v_BnDN.float()
+        q_BnDN, k_BnND = F.relu(q_BnDN), F.relu(k_BnDN).transpose(-1, -2)
+        numerator_BnDN = (v_BnDN @ k_BnND) @ q_BnDN
+        denominator_Bn1N = k_BnND.sum(dim=-2, keepdim=True) @ q_BnDN
+        wide = torch.promote_types(q_BnDN.dtype, torch.float32)
+        return numerator_BnDN.to(wide) / (denominator_Bn1N.to(wide) + eps)
+
+
+class GLUMBConv(nn.Module):
+    """Gated inverted bottleneck: expand 4x twice, depthwise 3x3x3, x * silu(gate), project."""
+
+    def __init__(self, width: int, expand: int = 4):
+        super().__init__()
+        hidden = expand * width
+        self.inverted_conv = Conv(conv3d(width, 2 * hidden, 1), silu=True)
+        self.depth_conv = Conv(DepthwiseConv3d(2 * hidden, 3))
+        self.point_conv = Conv(conv3d(hidden, width, 1, bias=False), norm=True)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW, gate_BCTHW = self.depth_conv(self.inverted_conv(x_BCTHW)).chunk(2, dim=1)
+        return self.point_conv(x_BCTHW * F.silu(gate_BCTHW))
+
+
+class EViTBlock(nn.Module):
+    """Global context by linear attention, then local context by a gated convolution (EViTS5_GLU)."""
+
+    def __init__(self, width: int, heads_dim: int):
+        super().__init__()
+        self.context_module = Residual(LiteMLA(width, heads_dim))
+        self.local_module = Residual(GLUMBConv(width))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        return self.local_module(self.context_module(x_BCTHW))
+
+
+class Shortcut(nn.Module):
+    """main(x) joined to x by one of the parameter-free shortcuts of `kernels.pixel_shuffle`."""
+
+    def __init__(
+        self, main: nn.Module, join: Callable[..., Tensor], *, spatial_factor: int = 1, temporal: bool = False
+    ):
+        super().__init__()
+        self.main = main
+        self.join = join
+        self.spatial_factor = spatial_factor
+        self.temporal = temporal
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        factor = temporal_factor(x_BCTHW, self.temporal)
+        return self.join(self.main(x_BCTHW), x_BCTHW, spatial_factor=self.spatial_factor, temporal_factor=factor)
+
+
+def memory_format(x_BCTHW: Tensor) -> torch.memory_format:
+    """The layout of x: channels_last_3d or contiguous."""
+    channels_last = x_BCTHW.is_contiguous(memory_format=torch.channels_last_3d) and not x_BCTHW.is_contiguous()
+    return torch.channels_last_3d if channels_last else torch.contiguous_format
+
+
+def temporal_factor(x_BCTHW: Tensor, temporal: bool) -> int:
+    """2 where time is resampled; an image (T = 1) stays one frame."""
+    return 2 if temporal and x_BCTHW.shape[2] > 1 else 1
+
+
+class InterpolateConv(nn.Module):
+    """Nearest-neighbour doubling of space (and time), then a convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, temporal: bool):
+        super().__init__()
+        self.conv = Conv(conv3d(in_channels, out_channels))
+        self.temporal = temporal
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        scale = (float(temporal_factor(x_BCTHW, self.temporal)), 2.0, 2.0)
+        return self.conv(F.interpolate(x_BCTHW, scale_factor=scale, mode="nearest"))
+
+
+def downsample(in_channels: int, out_channels: int, *, temporal: bool) -> nn.Module:
+    conv = Conv(conv3d(in_channels, out_channels, stride=(2 if temporal else 1, 2, 2)))
+    return Shortcut(conv, space_to_channel_mean_add, spatial_factor=2, temporal=temporal)
+
+
+def upsample(in_channels: int, out_channels: int, *, temporal: bool) -> nn.Module:
+    conv = InterpolateConv(in_channels, out_channels, temporal=temporal)
+    return Shortcut(conv, channel_repeat_to_space_add, spatial_factor=2, temporal=temporal)
+
+
+def blocks(block_type: str, width: int, depth: int, heads_dim: int) -> list[nn.Module]:
+    if block_type == "ResBlock":
+        return [Residual(ResBlockMain(width)) for _ in range(depth)]
+    return [EViTBlock(width, heads_dim) for _ in range(depth)]
+
+
+class Encoder(nn.Module):
+    """Video to latent, unscaled."""
+
+    def __init__(self, config: VideoDCAEConfig):
+        super().__init__()
+        widths, temporal = config.encoder_widths, config.temporal_downsample
+        self.project_in = Conv(conv3d(config.in_channels, widths[0]))
+        stages = []
+        for i, (width, depth) in enumerate(zip(widths, config.encoder_depths, strict=True)):
+            stage = blocks(config.encoder_block_types[i], width, depth, config.heads_dim)
+            if i + 1 < len(widths):
+                stage.append(downsample(width, widths[i + 1], temporal=temporal[i]))
+            stages.append(OpList(*stage))
+        self.stages = nn.ModuleList(stages)
+        self.project_out = Shortcut(OpList(Conv(conv3d(widths[-1], config.latent_channels))), space_to_channel_mean_add)
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW = self.project_in(x_BCTHW)
+        for stage in self.stages:
+            x_BCTHW = stage(x_BCTHW)
+        return self.project_out(x_BCTHW)
+
+
+class Decoder(nn.Module):
+    """Latent, unscaled, to video. Stages are numbered as the encoder's, so they run from last to first."""
+
+    def __init__(self, config: VideoDCAEConfig):
+        super().__init__()
+        widths, temporal = config.decoder_widths, config.temporal_downsample
+        self.project_in = Shortcut(Conv(conv3d(config.latent_channels, widths[-1])), channel_repeat_to_space_add)
+        stages = []
+        for i, (width, depth) in enumerate(zip(widths, config.decoder_depths, strict=True)):
+            stage = blocks(config.decoder_block_types[i], width, depth, config.heads_dim)
+            if i + 1 < len(widths):
+                stage.insert(0, upsample(widths[i + 1], width, temporal=temporal[i]))
+            stages.append(OpList(*stage))
+        self.stages = nn.ModuleList(stages)
+        self.project_out = OpList(ChannelRMSNorm(widths[0]), nn.ReLU(), Conv(conv3d(widths[0], config.in_channels)))
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        x_BCTHW = self.project_in(x_BCTHW)
+        for stage in reversed(self.stages):
+            x_BCTHW = stage(x_BCTHW)
+        return self.project_out(x_BCTHW)
+
+
+class VideoDCAE(nn.Module):
+    """The autoencoder (an `opensora_fast.autoencoder.Autoencoder`). Raises UserError for tiles it cannot cut."""
+
+    causal = False
+
+    def __init__(self, config: VideoDCAEConfig):
+        super().__init__()
+        if config.use_temporal_tiling and config.temporal_tile_size < 2 * config.temporal_compression:
+            raise UserError(
+                f"temporal_tile_size={config.temporal_tile_size} holds one latent, which decodes to one frame: "
+                f"use {2 * config.temporal_compression} or more"
+            )
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """The released start: weights, those of the norms too, normal with standard deviation 0.02; biases zero.
+
+        Norms near zero make every residual branch start near zero, so that the shortcuts carry the signal.
+        """
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=INIT_STD)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def compression(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of pixels to one latent."""
+        return self.config.temporal_compression, self.config.spatial_compression, self.config.spatial_compression
+
+    def latent_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(t, h, w) of the latent of such a video.
+
+        Frames must be 1 or a multiple of the temporal compression, height and width multiples of the spatial one;
+        UserError names the nearest that are.
+        """
+        time, space, _ = self.compression
+        if frames != 1:
+            _require_multiple("frames", frames, time, also="1 or ")
+        _require_multiple("height", height, space)
+        _require_multiple("width", width, space)
+        return max(frames // time, 1), height // space, width // space
+
+    def frames_of(self, latent_frames: int) -> int:
+        """Frames that `decode` gives: 1 for a lone latent frame, which it takes for an image, otherwise all of them.
+
+        So a video of exactly one latent frame (4 frames as released) comes back as one frame; longer ones round-trip.
+        """
+        return 1 if latent_frames == 1 else latent_frames * self.config.temporal_compression
+
+    def channels_last(self) -> "VideoDCAE":
+        """Itself, with weights in the memory format that convolutions are faster in on every device."""
+        return self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # torch's stubs lack it
+
+    def reconstruct(self, video_BCTHW: Tensor) -> Tensor:
+        """Decoder of encoder, untiled and unscaled: what training optimises. Sizes as in `latent_shape`."""
+        self.latent_shape(*video_BCTHW.shape[2:])
+        return self.decoder(self.encoder(self._like_weights(video_BCTHW)))
+
+    def encode(self, video_BCTHW: Tensor) -> Tensor:
+        """Video in [-1, 1] to latent [B, C, t, h, w], divided by `scaling_factor`, in the weights' dtype.
+
+        Tiled where the configuration asks for it: over time if T exceeds the temporal tile, and over space if H or W
+        exceeds the spatial one. Raises UserError for sizes outside of `latent_shape`.
+        """
+        self.latent_shape(*video_BCTHW.shape[2:])
+        latent_BCTHW = self._tiled(self.encoder, self._like_weights(video_BCTHW), encoding=True)
+        return latent_BCTHW if self.config.scaling_factor is None else latent_BCTHW / self.config.scaling_factor
+
+    def decode(self, latent_BCTHW: Tensor) -> Tensor:
+        """Latent, as `encode` gives it, to a video of `frames_of(t)` frames, in the weights' dtype; tiled likewise."""
+        latent_BCTHW = self._like_weights(latent_BCTHW)
+        if self.config.scaling_factor is not None:
+            latent_BCTHW = latent_BCTHW * self.config.scaling_factor
+        return self._tiled(self.decoder, latent_BCTHW, encoding=False)
+
+    def _like_weights(self, x_BCTHW: Tensor) -> Tensor:
+        """In the weights' dtype and layout: on the CPU a convolution follows the layout of its input alone."""
+        weight = self.encoder.project_in.conv.weight
+        return x_BCTHW.to(weight.dtype, memory_format=memory_format(weight))
+
+    def _tiled(self, network: nn.Module, x_BCTHW: Tensor, *, encoding: bool) -> Tensor:
+        T, H, W = x_BCTHW.shape[2:]
+        config = self.config
+        space = _tiles(config.spatial_tile_size, config.spatial_compression, config.tile_overlap_factor, encoding)
+        time = _tiles(config.temporal_tile_size, config.temporal_compression, config.tile_overlap_factor, encoding)
+        apply: Callable[[Tensor], Tensor] = network
+        if config.use_spatial_tiling and (space.needed(H) or space.needed(W)):
+            apply = partial(tile_space, network, tiles=space)
+        if config.use_temporal_tiling and time.needed(T):
+            # A lone latent at the end is decoded as an image, to one frame.
+            return tile_time(apply, x_BCTHW, replace(time, shortest=2))
+        return apply(x_BCTHW)
+
+
+def _tiles(tile_size: int, compression: int, overlap_factor: float, encoding: bool) -> Tiles:
+    size = tile_size // compression
+    stride = max(int(size * (1 - overlap_factor)), 1)
+    per_latent_in, per_latent_out = (compression, 1) if encoding else (1, compression)
+    return Tiles(size=size, overlap=size - stride, per_latent_in=per_latent_in, per_latent_out=per_latent_out)
+
+
+def _require_multiple(name: str, value: int, compression: int, also: str = "") -> None:
+    below = value // compression * compression
+    if value <= 0 or value != below:
+        nearest = f"{below} or {below + compression}" if below > 0 else f"{also}{compression}"
+        raise UserError(
+            f"{name}={value} does not fit the autoencoder: use {nearest} ({also}a multiple of {compression})"
+        )

@@ -1,0 +1,144 @@
+"""`opensora-fast doctor`: what is installed, what the native module holds, which backend each op runs on and why.
+
+Needs no GPU and no native module: whatever is missing is told with the command that adds it.
+"""
+
+import json
+import platform
+import re
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opensora_fast.arguments import Parser
+from opensora_fast.kernels import extension
+
+# One row per op file of kernels/: a call that the released models make.
+OPS = {"pixel_shuffle": ((1, 128, 16, 128, 128), torch.bfloat16)}
+DRIVER = Path("/proc/driver/nvidia/version")  # there when the kernel module is loaded
+CSRC = Path(__file__).parents[1] / "csrc"  # there in a checkout
+
+
+def examine() -> dict[str, Any]:
+    """Everything that doctor tells, as plain data: versions, gpus, native, ops, extras."""
+    return {"versions": _versions(), "gpus": _gpus(), "native": _native(), "ops": _ops(), "extras": _extras()}
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> dict[str, str | None]:
+    driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.exists() else None
+    return {
+        "opensora-fast": _installed("opensora-fast"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _installed("triton"),
+        "CUDA of torch": torch.version.cuda,
+        "NVIDIA driver": driver.group() if driver else None,
+    }
+
+
+def _gpus() -> list[str]:
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        of = torch.cuda.get_device_properties(index)
+        gpus.append(f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB")
+    return gpus
+
+
+def _native() -> dict[str, Any]:
+    loaded = extension.load()
+    if loaded.module is None:
+        return {"missing": loaded.missing["host"]}
+    info = dict(loaded.module.build_info()) | {"cuda_missing": loaded.missing["cuda"]}
+    built = Path(str(loaded.module.__file__)).stat().st_mtime
+    newer = [path.name for path in sorted(CSRC.glob("*")) if path.stat().st_mtime > built]
+    if newer:
+        info["stale"] = f"csrc/{newer[0]} is newer than the module; build it with `{extension.BUILD_COMMAND}`"
+    return info
+
+
+def _ops() -> dict[str, dict[str, dict[str, str]]]:
+    """Op -> device -> backend and reason; a backend that was asked for and cannot run is an "error" instead."""
+    told: dict[str, dict[str, dict[str, str]]] = {}
+    for op, (shape, dtype) in OPS.items():
+        module = import_module(f"opensora_fast.kernels.{op}")
+        told[op] = {}
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            try:
+                backend, reason = module.selected(shape, dtype, device)
+                told[op][device] = {"backend": backend, "reason": reason}
+            except ValueError as error:
+                told[op][device] = {"error": str(error)}
+    return told
+
+
+def _extras() -> dict[str, dict[str, Any]]:
+    """Extra -> what of it is not installed, and the command that adds it."""
+    told: dict[str, dict[str, Any]] = {}
+    for requirement in (metadata.requires("opensora-fast") or []) if _installed("opensora-fast") else []:
+        if not (extra := re.search(r"""extra\s*==\s*["'](\w+)""", requirement)):
+            continue
+        name = re.split(r"[^\w.-]", requirement)[0]
+        command = f"pip install -e '.[{extra.group(1)}]'"
+        row = told.setdefault(extra.group(1), {"missing": [], "command": command})
+        if _installed(name) is None:
+            row["missing"].append(name)
+    return told
+
+
+def _print(told: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+
+    def section(title: str, rows: list[tuple[str, str]]) -> None:
+        for number, row in enumerate(rows):
+            table.add_row("" if number else title, *row)
+        table.add_row()
+
+    section("versions", [(name, version or "-") for name, version in told["versions"].items()])
+    section("GPU", [(str(index), gpu) for index, gpu in enumerate(told["gpus"])] or [("none", "ops run on the CPU")])
+    section("native module", [(name, str(value)) for name, value in told["native"].items() if value != ""])
+    section(
+        "ops",
+        [
+            (f"{op} ({device})", f"{of['backend']}: {of['reason']}" if "backend" in of else f"error: {of['error']}")
+            for op, devices in told["ops"].items()
+            for device, of in devices.items()
+        ],
+    )
+    section(
+        "extras",
+        [
+            (extra, f"lacks {', '.join(of['missing'])}: {of['command']}" if of["missing"] else "complete")
+            for extra, of in told["extras"].items()
+        ],
+    )
+    width = None if sys.stdout.isatty() else 200  # in a file a command should stay on one line
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+def main(argv: list[str]) -> int:
+    """Print what `examine` finds, as a table or with --json; returns 1 when an op cannot run as it was told to."""
+    parser = Parser(prog="opensora-fast doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    told = examine()
+    if options.json:
+        print(json.dumps(told, indent=2))
+    else:
+        _print(told)
+    return int(any("error" in of for devices in told["ops"].values() for of in devices.values()))

@@ -1,0 +1,394 @@
+"""The diffusion transformer of Open-Sora 2.0: the velocity of noised video tokens, given time, text and frames.
+
+    img ─ img_in (+ cond_in) ─┐                      ┌─ txt ─┐
+                              ├─ double blocks (19) ─┤       ├─ single blocks (38) ─ drop text ─ final layer ─ velocity
+    txt ─ txt_in ─────────────┘                      └─ img ─┘
+    time, pooled text ─ embedders ─ SiLU ─ one linear per block: shift, scale and gate of its norms and residuals
+
+The mathematics is that of the released model. The parameters are laid out for few, large matrix products: one for q, k
+and v (and the MLP of a single block), rotation by half-split pairs (i, i + K/2). `released.py` translates checkpoints.
+
+Shapes    B batch; N video tokens; L text tokens; S = L + N, text first; C channels of a video token; D hidden size;
+          H heads; K channels of a head; K2 = K / 2; M hidden size of the MLP; R rows of a modulation.
+Numerics  Weights, activations and the residual stream have one dtype; inputs are cast to it. In float32 (float64 for a
+          float64 model): norm statistics, modulation, rotation and its angles, the timestep embedding.
+Source    Open-Sora 2.0 (arXiv 2503.09642, section 3.2), Stable Diffusion 3 (arXiv 2403.03206) and FLUX.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from opensora_fast.config import MMDiTConfig
+from opensora_fast.errors import UserError
+from opensora_fast.positions import rope_cos_sin
+
+EPS = 1e-6  # of every norm
+TIME_CHANNELS = 256  # of the sinusoidal embedding of time and guidance
+
+Rope = tuple[Tensor, Tensor]  # cos_BSK2, sin_BSK2
+
+
+class AdaLN(NamedTuple):
+    """What surrounds one residual branch: x + gate * branch((1 + scale) * norm(x) + shift)."""
+
+    shift_BD: Tensor
+    scale_BD: Tensor
+    gate_BD: Tensor
+
+
+class StreamModulation(NamedTuple):
+    attention: AdaLN
+    mlp: AdaLN
+
+
+class DoubleModulation(NamedTuple):
+    img: StreamModulation
+    txt: StreamModulation
+
+
+class FinalModulation(NamedTuple):
+    shift_BD: Tensor
+    scale_BD: Tensor
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """The modulation of every block for R pairs of (time, pooled text): 27 % of the weights, but no sequence axis."""
+
+    double: list[DoubleModulation]
+    single: list[AdaLN]
+    final: FinalModulation
+
+    def rows(self, index_B: Tensor) -> "Modulation":
+        """The modulation of a batch whose item b has the pair `index_B[b]` (int64 [B], values below R)."""
+        return Modulation(*tree_map(lambda chunk_RD: chunk_RD[index_B], (self.double, self.single, self.final)))
+
+
+class MMDiT(nn.Module):
+    """The whole model. Construction initialises the weights for training from scratch; see `forward` for the shapes."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.config = config
+        self.img_in = nn.Linear(config.in_channels, D)
+        self.cond_in = nn.Linear(config.cond_channels, D) if config.cond_embed else None
+        self.txt_in = nn.Linear(config.context_in_dim, D)
+        self.time_in = Embedder(TIME_CHANNELS, D)
+        self.vector_in = Embedder(config.vec_in_dim, D)
+        self.guidance_in = Embedder(TIME_CHANNELS, D) if config.guidance_embed else None
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.depth))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.depth_single_blocks))
+        self.final_layer = FinalLayer(config)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier matrices, zero biases; every block starts as the identity and the model predicts zero velocity."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("qk_scale"):
+                parameter.fill_(1)
+            elif name.endswith("bias") or "modulation" in name or name.startswith(("cond_in", "final_layer")):
+                parameter.zero_()
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y_vec: Tensor,
+        cond: Tensor | None = None,
+        guidance: Tensor | None = None,
+        *,
+        modulation: Modulation | None = None,
+        checkpoint_double: int = 0,
+        checkpoint_single: int = 0,
+    ) -> Tensor:
+        """Velocity [B, N, C] of the noised tokens, in the dtype of the weights.
+
+        Args (floating point of any width):
+            img: noised video tokens [B, N, C].                  txt: T5 embedding [B, L, context_in_dim].
+            img_ids: (time, row, column) [B, N, 3].              txt_ids: zeros [B, L, 3].
+            timesteps: 1 is noise, 0 is data [B].                y_vec: pooled CLIP embedding [B, vec_in_dim].
+            cond: packed (mask, reference latent) [B, N, C + patch_size**2]; None is all zeros, nothing given.
+            guidance: scale of a guidance-distilled model [B]; required by it and refused by others.
+            modulation: from `self.modulation`, one row per item; timesteps, y_vec and guidance are then unused.
+            checkpoint_double, checkpoint_single: so many blocks, from the first, keep no activations and run again in
+                the backward; beyond the depth means all.
+
+        Raises UserError naming an argument that is missing, refused or misshapen.
+        """
+        self._check_inputs(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, modulation)
+        dtype = self.img_in.weight.dtype
+        if modulation is None:  # each block computes its own, so that sharded or recomputed weights are met only there
+            vec_BD = self._condition(timesteps, y_vec, guidance)
+
+        rope = rope_cos_sin(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        img_BND = self.img_in(img.to(dtype))
+        if self.cond_in is not None:
+            cond = img.new_zeros(*img.shape[:2], self.config.cond_channels) if cond is None else cond
+            img_BND = img_BND + self.cond_in(cond.to(dtype))
+        txt_BLD = self.txt_in(txt.to(dtype))
+
+        for i, block in enumerate(self.double_blocks):
+            run = recomputed(block) if i < checkpoint_double else block
+            img_BND, txt_BLD = run(img_BND, txt_BLD, rope, modulation.double[i] if modulation else vec_BD)
+
+        x_BSD = torch.cat((txt_BLD, img_BND), dim=1)
+        for i, block in enumerate(self.single_blocks):
+            run = recomputed(block) if i < checkpoint_single else block
+            x_BSD = run(x_BSD, rope, modulation.single[i] if modulation else vec_BD)
+
+        return self.final_layer(x_BSD[:, txt_BLD.shape[1] :], modulation.final if modulation else vec_BD)
+
+    def modulation(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None = None) -> Modulation:
+        """Every block's modulation for R pairs: timesteps [R], y_vec [R, vec_in_dim], guidance [R] or None.
+
+        Sampling calls it once per step with the distinct pairs of the step's guidance passes, and gives each item of
+        the batch its row with `Modulation.rows`.
+        """
+        vec_RD = self._condition(timesteps, y_vec, guidance)
+        return Modulation(
+            double=[cast(DoubleBlock, block).modulate(vec_RD) for block in self.double_blocks],
+            single=[cast(SingleBlock, block).modulate(vec_RD) for block in self.single_blocks],
+            final=self.final_layer.modulate(vec_RD),
+        )
+
+    def _condition(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
+        """SiLU of the sum of the embedded time, pooled text and guidance [B, D]: what every modulation is linear in."""
+        dtype = self.img_in.weight.dtype
+        vec_BD = self.time_in(sinusoids(timesteps).to(dtype)) + self.vector_in(y_vec.to(dtype))
+        if self.guidance_in is not None:
+            if guidance is None:
+                raise UserError("guidance=None, but this model has guidance_embed=True: pass a scale per item, [B]")
+            _check_shape("guidance", guidance, tuple(timesteps.shape), "pass one scale per item")
+            vec_BD = vec_BD + self.guidance_in(sinusoids(guidance).to(dtype))
+        elif guidance is not None:
+            raise UserError("guidance was given, but this model has guidance_embed=False: leave guidance=None")
+        return F.silu(vec_BD)
+
+    def _check_inputs(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y_vec: Tensor,
+        cond: Tensor | None,
+        modulation: Modulation | None,
+    ) -> None:
+        config = self.config
+        _check_shape("img", img, ("B", "N", config.in_channels), "pack the latent with positions.patchify")
+        B, N, _ = img.shape
+        _check_shape("img_ids", img_ids, (B, N, 3), "pass (time, row, column) of every token of img")
+        _check_shape("txt", txt, (B, "L", config.context_in_dim), "pass one T5 embedding per item of img")
+        _check_shape("txt_ids", txt_ids, (B, txt.shape[1], 3), "pass zeros, one row per token of txt")
+        if cond is not None:
+            if not config.cond_embed:
+                raise UserError("cond was given, but this model has cond_embed=False: leave cond=None")
+            _check_shape("cond", cond, (B, N, config.cond_channels), "pack (mask, reference latent) with patchify")
+        if modulation is None:
+            _check_shape("timesteps", timesteps, (B,), "pass one time per item of img")
+            _check_shape("y_vec", y_vec, (B, config.vec_in_dim), "pass one pooled CLIP embedding per item of img")
+        else:
+            rows = (B, config.hidden_size)
+            _check_shape("modulation", modulation.final.shift_BD, rows, "select one row per item with Modulation.rows")
+
+
+class Embedder(nn.Module):
+    """Linear, SiLU, linear: [B, in_channels] -> [B, D]."""
+
+    def __init__(self, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(in_channels, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x_BC)))
+
+
+class DoubleBlock(nn.Module):
+    """Text and video each through their own weights, meeting in one joint attention."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.img = Stream(config)
+        self.txt = Stream(config)
+
+    def modulate(self, vec_BD: Tensor) -> DoubleModulation:
+        return DoubleModulation(img=self.img.modulate(vec_BD), txt=self.txt.modulate(vec_BD))
+
+    def forward(
+        self, img_BND: Tensor, txt_BLD: Tensor, rope: Rope, modulation: Tensor | DoubleModulation
+    ) -> tuple[Tensor, Tensor]:
+        """`modulation` is the block's own, or the vector [B, D] to compute it from."""
+        if isinstance(modulation, Tensor):
+            modulation = self.modulate(modulation)
+        txt_qkv = self.txt.project(txt_BLD, modulation.txt.attention)
+        img_qkv = self.img.project(img_BND, modulation.img.attention)
+        attention_BSD = rope_attention([txt_qkv, img_qkv], [self.txt.qk_scale, self.img.qk_scale], rope)
+        txt_attention, img_attention = attention_BSD.split((txt_BLD.shape[1], img_BND.shape[1]), dim=1)
+        return (
+            self.img.update(img_BND, img_attention, modulation.img),
+            self.txt.update(txt_BLD, txt_attention, modulation.txt),
+        )
+
+
+class Stream(nn.Module):
+    """One modality's weights in a double block: T tokens in, T tokens out."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D, M = config.hidden_size, config.mlp_size
+        self.head_dim = config.head_dim
+        self.modulation = nn.Linear(D, 6 * D)
+        self.qkv = nn.Linear(D, 3 * D, bias=config.qkv_bias)
+        self.qk_scale = nn.Parameter(torch.ones(2, config.head_dim))
+        self.proj = nn.Linear(D, D)
+        self.mlp_in = nn.Linear(D, M)
+        self.mlp_out = nn.Linear(M, D)
+
+    def modulate(self, vec_BD: Tensor) -> StreamModulation:
+        chunks = self.modulation(vec_BD).chunk(6, dim=-1)
+        return StreamModulation(attention=AdaLN(*chunks[:3]), mlp=AdaLN(*chunks[3:]))
+
+    def project(self, x_BTD: Tensor, adaln: AdaLN) -> Tensor:
+        """Queries, keys and values [B, T, 3, H, K]."""
+        normed_BTD = modulated_norm(x_BTD, adaln.shift_BD, adaln.scale_BD)
+        return self.qkv(normed_BTD).unflatten(-1, (3, -1, self.head_dim))
+
+    def update(self, x_BTD: Tensor, attention_BTD: Tensor, modulation: StreamModulation) -> Tensor:
+        """The two residual steps that follow attention: its projection, then the MLP."""
+        attention, mlp = modulation
+        x_BTD = gated_residual(x_BTD, attention.gate_BD, self.proj(attention_BTD))
+        hidden_BTM = self.mlp_in(modulated_norm(x_BTD, mlp.shift_BD, mlp.scale_BD))
+        return gated_residual(x_BTD, mlp.gate_BD, self.mlp_out(gelu(hidden_BTM)))
+
+
+class SingleBlock(nn.Module):
+    """Text and video as one sequence; attention and MLP side by side under one norm and one residual."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        D, M = config.hidden_size, config.mlp_size
+        self.head_dim = config.head_dim
+        self.sizes = (3 * D, M)
+        self.modulation = nn.Linear(D, 3 * D)
+        self.qkv_mlp = nn.Linear(D, 3 * D + M)
+        self.qk_scale = nn.Parameter(torch.ones(2, config.head_dim))
+        self.proj = nn.Linear(D + M, D)
+
+    def modulate(self, vec_BD: Tensor) -> AdaLN:
+        return AdaLN(*self.modulation(vec_BD).chunk(3, dim=-1))
+
+    def forward(self, x_BSD: Tensor, rope: Rope, modulation: Tensor | AdaLN) -> Tensor:
+        """`modulation` is the block's own, or the vector [B, D] to compute it from."""
+        if isinstance(modulation, Tensor):
+            modulation = self.modulate(modulation)
+        normed_BSD = modulated_norm(x_BSD, modulation.shift_BD, modulation.scale_BD)
+        qkv, hidden_BSM = self.qkv_mlp(normed_BSD).split(self.sizes, dim=-1)
+        attention_BSD = rope_attention([qkv.unflatten(-1, (3, -1, self.head_dim))], [self.qk_scale], rope)
+        branch_BSD = self.proj(torch.cat((attention_BSD, gelu(hidden_BSM)), dim=-1))
+        return gated_residual(x_BSD, modulation.gate_BD, branch_BSD)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear to the channels of a video token."""
+
+    def __init__(self, config: MMDiTConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.in_channels)
+
+    def modulate(self, vec_BD: Tensor) -> FinalModulation:
+        return FinalModulation(*self.modulation(vec_BD).chunk(2, dim=-1))
+
+    def forward(self, x_BND: Tensor, modulation: Tensor | FinalModulation) -> Tensor:
+        if isinstance(modulation, Tensor):
+            modulation = self.modulate(modulation)
+        return self.linear(modulated_norm(x_BND, modulation.shift_BD, modulation.scale_BD))
+
+
+def sinusoids(time_B: Tensor) -> Tensor:
+    """[cos | sin] of 1000 * time at 128 frequencies from 1 down to nearly 1/10000, float32 [B, 256]."""
+    half = TIME_CHANNELS // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=time_B.device) / half
+    angle = 1000 * time_B.float()[:, None] * 10000**-exponents
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def modulated_norm(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
+    """(1 + scale) * layer_norm(x) + shift, rounded to the dtype of x once, at the end."""
+    normed_BTD = F.layer_norm(_widened(x_BTD), x_BTD.shape[-1:], eps=EPS)
+    return torch.addcmul(_widened(shift_BD)[:, None], 1 + _widened(scale_BD)[:, None], normed_BTD).to(x_BTD.dtype)
+
+
+def gated_residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
+    """x + gate * branch."""
+    return torch.addcmul(x_BTD, gate_BD[:, None], branch_BTD)
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def rope_attention(streams_qkv: Sequence[Tensor], qk_scales: Sequence[Tensor], rope: Rope) -> Tensor:
+    """Joint attention of all tokens of all streams, [B, S, D]: normalise q and k, rotate, softmax(q k^T / sqrt(K)) v.
+
+    Args:
+        streams_qkv: queries, keys and values [B, T, 3, H, K] of each stream; S is the sum of their T.
+        qk_scales: [2, K] for each stream, the norm's weights of queries and of keys.
+        rope: cosine and sine [B, S, K2] of the streams' positions, in the same order.
+    """
+    normed = [qk_norm(qkv[:, :, :2], scale_2K) for qkv, scale_2K in zip(streams_qkv, qk_scales, strict=True)]
+    q_BSHK, k_BSHK = rotate(torch.cat(normed, dim=1), rope).unbind(2)
+    v_BSHK = torch.cat([qkv[:, :, 2] for qkv in streams_qkv], dim=1)
+    # SDPA wants heads before positions; the kernels take the strides and copy nothing.
+    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+    attention_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK)
+    return attention_BHSK.transpose(1, 2).flatten(2)
+
+
+def qk_norm(qk_BT2HK: Tensor, scale_2K: Tensor) -> Tensor:
+    """RMS norm of every head of queries and keys; rounded before the scale, as the released weights were trained."""
+    wide = _widened(qk_BT2HK)
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
+    return normed.to(qk_BT2HK.dtype) * scale_2K[:, None]
+
+
+def rotate(qk_BS2HK: Tensor, rope: Rope) -> Tensor:
+    """Rotate the channel pairs (i, i + K2) of every head by the angle of its position."""
+    cos, sin = (table_BSK2[:, :, None, None] for table_BSK2 in rope)
+    first, second = _widened(qk_BS2HK).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qk_BS2HK.dtype)
+
+
+def recomputed(block: nn.Module) -> Callable[..., Any]:
+    """`block`, keeping only its inputs for the backward. It draws no random numbers, so no generator state is saved."""
+    return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str) -> None:
+    """`expected` has a letter where any size will do."""
+    fits = len(expected) == tensor.ndim and all(
+        isinstance(wanted, str) or size == wanted for size, wanted in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        raise UserError(f"{name} is {list(tensor.shape)}, expected [{', '.join(map(str, expected))}]: {remedy}")

@@ -1,0 +1,191 @@
+"""Frozen text encoders: T5 gives the transformer its text tokens, CLIP one vector per prompt.
+
+Prompts are padded to a fixed length and no attention mask is passed: T5 sees the padding and the transformer attends
+to it, as the released weights were trained.  Models and tokenizers come from local folders that transformers'
+`save_pretrained` wrote; nothing is ever downloaded.  transformers is imported when the first encoder is made, not
+before.
+
+Shapes   B prompts, L text tokens (max_length_t5), D features.  txt [B, L, D of T5], vec [B, D of CLIP].
+Source   Open-Sora 2.0 (arXiv 2503.09642) section 3.2: T5-v1.1-XXL's last hidden state, CLIP-L's pooled output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opensora_fast.errors import UserError
+
+# The released CLIP's configuration has this id where its end-of-prompt token is 49407; transformers then takes the
+# largest id of a prompt, which is that token.
+_CLIP_POOLS_AT_LARGEST_ID = 2
+
+
+class TextEncoders:
+    """The two encoders, in eval mode and without gradients."""
+
+    def __init__(self, t5: _PromptEncoder, clip: _PromptEncoder) -> None:
+        self._t5 = t5
+        self._clip = clip
+        self._null: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_folders(
+        cls,
+        t5: Path,
+        clip: Path,
+        *,
+        max_length_t5: int = 512,
+        max_length_clip: int = 77,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> TextEncoders:
+        """Encoders from two folders, each with a model and its tokenizer; the maximal lengths count tokens.
+
+        Longer prompts are cut. Raises UserError when transformers is not installed, a folder is missing or does not
+        hold the model with all its weights, and when CLIP's positions or end token do not fit.
+        """
+        encoders = cls(
+            _PromptEncoder("T5EncoderModel", "last_hidden_state", Path(t5), max_length_t5, device, dtype),
+            _PromptEncoder("CLIPTextModel", "pooler_output", Path(clip), max_length_clip, device, dtype),
+        )
+        encoders._check_clip(clip, max_length_clip)
+        return encoders
+
+    def _check_clip(self, folder: Path, max_length: int) -> None:
+        config, tokenizer = self._clip.model.config, self._clip.tokenizer
+        if max_length > config.max_position_embeddings:
+            raise UserError(
+                f"max_length_clip={max_length}: {folder} has {config.max_position_embeddings} positions; "
+                "use at most that many"
+            )
+        # CLIP pools at this token: with a wrong one it would give every prompt the vector of its first token.
+        if config.eos_token_id not in (_CLIP_POOLS_AT_LARGEST_ID, tokenizer.eos_token_id):
+            raise UserError(
+                f"{folder}: CLIP pools at token {config.eos_token_id} and its tokenizer ends prompts with "
+                f"{tokenizer.eos_token_id}; set eos_token_id in its config.json"
+            )
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """(txt [B, L, D], vec [B, D]) in the encoders' dtype and device."""
+        return self._t5(prompts), self._clip(prompts)
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """(txt [1, L, D], vec [1, D]) of the empty prompt, encoded once: what guidance steers away from."""
+        if self._null is None:
+            self._null = self.encode([""])
+        return self._null
+
+
+def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: int) -> None:
+    """Write folder/t5 and folder/clip: two-layer encoders with random weights that read bytes, for demos and tests.
+
+    Their features have unit scale and tell any two prompts apart, but know no language. Both dimensions must be even.
+    """
+    transformers = _transformers()
+    tokenizer = transformers.ByT5Tokenizer()  # 256 bytes and a few special tokens; needs no vocabulary file
+    special = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,  # CLIP pools at this token, the only one that has read the whole prompt
+    }
+    t5_config = transformers.T5Config(
+        d_model=t5_dim, d_kv=t5_dim // 2, d_ff=2 * t5_dim, num_heads=2, num_layers=2, **special
+    )
+    clip_config = transformers.CLIPTextConfig(
+        hidden_size=clip_dim,
+        intermediate_size=2 * clip_dim,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        max_position_embeddings=512,  # bytes: a prompt has several times as many as it has words
+        initializer_factor=2.0,  # one changed word moves the vector by 0.8 of its length (by 0.3 at 1)
+        bos_token_id=tokenizer.pad_token_id,  # ByT5 begins with no token of its own
+        **special,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models = {"t5": transformers.T5EncoderModel(t5_config), "clip": transformers.CLIPTextModel(clip_config)}
+    with _quiet(transformers):
+        for name, model in models.items():
+            model.save_pretrained(Path(folder) / name)
+            tokenizer.save_pretrained(Path(folder) / name)
+
+
+class _PromptEncoder:
+    """One tokenizer and model; called with prompts it returns the model's output named `output`."""
+
+    def __init__(
+        self,
+        model_class: str,
+        output: str,
+        folder: Path,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        if not folder.is_dir():
+            raise UserError(
+                f"text encoder folder {folder} does not exist: name one that holds a {model_class} and its tokenizer"
+            )
+        self.tokenizer, model = _load(model_class, folder, dtype)
+        self.model = model.eval().requires_grad_(False).to(device)
+        self._output = output
+        self._max_length = max_length
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        )
+        return getattr(self.model(input_ids=tokens.input_ids.to(self.model.device)), self._output)
+
+
+def _load(model_class: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder. transformers makes up missing weights and warns of it; here that is an error."""
+    transformers = _transformers()
+    try:
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model, report = getattr(transformers, model_class).from_pretrained(
+                folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"text encoder folder {folder} holds no {model_class} with its tokenizer: {reason}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"text encoder folder {folder} lacks {len(missing)} weights of a {model_class}, as {missing[0]}"
+        )
+    return tokenizer, model
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """No progress bars, and no list of weights that are rightly left alone (T5's decoder, CLIP's image side)."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _transformers() -> ModuleType:
+    try:
+        return import_module("transformers")
+    except ImportError as error:
+        raise UserError(
+            f"the text encoders need transformers ({error}): run pip install 'opensora-fast[text]'"
+        ) from error

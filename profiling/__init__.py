@@ -1,0 +1,1 @@
+"""Timing, benchmarks, the results ledger and reports."""

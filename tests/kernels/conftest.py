@@ -1,0 +1,59 @@
+"""What every kernel test gets: outputs that start as NaN, the device to run on, and a tolerance that is measured."""
+
+import functools
+
+import pytest
+import torch
+
+from opensora_fast.kernels import extension
+
+
+@pytest.fixture(autouse=True)
+def poisoned_empty(monkeypatch):
+    """torch.empty gives NaN, so that an element that a kernel forgets to write shows."""
+
+    def poisoned(original):
+        @functools.wraps(original)
+        def allocate(*args, **kwargs):
+            tensor = original(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return allocate
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def native():
+    """The native module; the test is skipped where it was not built."""
+    loaded = extension.load()
+    if loaded.module is None:
+        pytest.skip(loaded.missing["host"])
+    return loaded.module
+
+
+@pytest.fixture
+def assert_as_exact():
+    """assert_as_exact(name, ours, same, exact): ours errs at most twice as much as `same`, plus one rounding.
+
+    same: PyTorch's result in ours' dtype.  exact: the result in float64. Both from the same inputs.
+    """
+
+    def check(name, ours, same, exact):
+        assert ours.shape == exact.shape, name
+        assert ours.dtype == same.dtype, name
+        if not exact.numel():
+            return
+        rounding = torch.finfo(ours.dtype).eps * exact.abs().max()
+        error, allowed = (ours.double() - exact).abs().max(), 2 * (same.double() - exact).abs().max() + rounding
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+    return check

@@ -1,0 +1,71 @@
+"""What the README tells people to type works, and the names that it shows exist."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_first_steps_run_as_written(tmp_path: Path) -> None:
+    [block] = re.findall(r"<!-- run by tests/test_readme.py -->\n```bash\n(.*?)```", README, flags=re.S)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for command in block.splitlines():
+        done = subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "rabbit.mp4").stat().st_size > 0
+    assert (tmp_path / "runs" / "first" / "report.html").stat().st_size > 0
+
+
+def test_every_name_of_the_python_example_exists() -> None:
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    assert hasattr(import_module(str(node.module)), alias.name), f"{node.module}.{alias.name}"
+
+
+def test_every_make_target_that_is_named_exists() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    named = {
+        name
+        for text in (README, (ROOT / "CONTRIBUTING.md").read_text())
+        for name in re.findall(r"make ([a-z-]+)", text)
+    }
+    assert named <= set(targets)
+
+
+def test_linked_files_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize(("dtype", "row"), [("bfloat16", "forward, bfloat16"), ("float32", "the same, float32")])
+def test_figures_are_rows_of_the_ledger(dtype: str, row: str) -> None:
+    wanted = {
+        "case": "space_to_channel_mean_add 1x2x2",
+        "mode": "forward",
+        "dtype": dtype,
+        "layout": "contiguous_format",
+    }
+    seconds, device = {}, ""
+    for path in (ROOT / "profiling" / "results").glob("cpu-*.jsonl"):
+        for entry in map(json.loads, path.read_text().splitlines()):
+            if all(entry[key] == value for key, value in wanted.items()):
+                seconds[entry["provider"]], device = entry["p50"], entry["device"]
+    [line] = [line for line in README.splitlines() if line.startswith("|") and row in line]
+    figures = re.search(r"([\d.]+) ms: ([\d.]+) x as fast as eager PyTorch, ([\d.]+) x a plain copy", line)
+    assert figures is not None
+    assert figures[1] == f"{1e3 * seconds['host']:.1f}"
+    assert float(figures[2]) == pytest.approx(seconds["eager"] / seconds["host"], abs=0.5)
+    assert float(figures[3]) == pytest.approx(seconds["host"] / seconds["copy"], abs=0.05)
+    assert device in line

@@ -1,0 +1,160 @@
+"""The loop, on a task small enough to see through."""
+
+import json
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opensora_fast.errors import UserError
+from opensora_fast.train.checkpoint import RunFolder
+from opensora_fast.train.config import (
+    AutoencoderRecipe,
+    AutoencoderSection,
+    CheckpointSection,
+    DataSection,
+    LoopSection,
+    OptimizerSection,
+    ValidationSection,
+)
+from opensora_fast.train.loop import step_generator, train
+from opensora_fast.train.metrics import read_metrics
+
+
+class CountingLoader:
+    """Batches numbered from 0; the state is the next number."""
+
+    def __init__(self) -> None:
+        self.next = 0
+        self.skipped: dict[str, str] = {"clip-7.mp4": "no video stream"}
+
+    def __iter__(self) -> Iterator[SimpleNamespace]:
+        while True:
+            self.next += 1
+            yield SimpleNamespace(
+                value=self.next - 1, paths=[f"clip-{self.next - 1}.mp4"], plan=SimpleNamespace(bucket="b")
+            )
+
+    def state_dict(self) -> dict:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.next = state["next"]
+
+
+class Regression:
+    """Loss is |w - noise - batch number|^2; `spoil` makes the batches of those numbers non-finite."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, spoil: Iterable[int] = (), stop_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Linear(4, 3)
+        self.spoil = set(spoil)
+        self.stop_at = stop_at
+
+    def architecture(self, recipe: dict) -> dict:
+        return {}
+
+    def loss(self, batch: SimpleNamespace, generator: torch.Generator) -> tuple[Tensor, int]:
+        if batch.value == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        x = torch.randn(8, 4, generator=generator)
+        loss = (self.model(x) - batch.value / 10).square().mean()
+        return (loss * float("nan") if batch.value in self.spoil else loss), 8
+
+    def evaluate(self, batches: Iterable) -> dict[str, float]:
+        return {"loss": self.model.weight.square().sum().item()}
+
+
+def _recipe(steps: int = 9, **loop: int) -> AutoencoderRecipe:
+    return AutoencoderRecipe(
+        name="test",
+        autoencoder=AutoencoderSection(),
+        data=DataSection(),
+        optimizer=OptimizerSection(lr=((0, 0.05),), ema_decay=0.9, nonfinite_limit=3),
+        loop=LoopSection(steps=steps, **loop),
+        checkpoint=CheckpointSection(every=2),
+        validation=ValidationSection(every=4),
+    )
+
+
+def _train(folder: Path, task: Regression, recipe: AutoencoderRecipe | None = None) -> bool:
+    recipe = recipe or _recipe()
+    return train(task, recipe, RunFolder(folder, keep=3), CountingLoader(), [])
+
+
+def _losses(folder: Path) -> list[tuple[str, int, float]]:
+    return [(row["kind"], row["step"], row["loss"]) for row in read_metrics(folder)]
+
+
+# before the first checkpoint, right after one, one step past one, and in the last step
+@pytest.mark.parametrize("killed_in_step", [2, 5, 6, 9])
+def test_a_run_cut_anywhere_has_the_losses_of_one_that_was_not(tmp_path: Path, killed_in_step: int) -> None:
+    assert _train(tmp_path / "whole", Regression())
+    expected = _losses(tmp_path / "whole")
+    assert [step for kind, step, _ in expected if kind == "heldout"] == [0, 4, 8, 9]
+
+    class Killed(RuntimeError):
+        pass
+
+    class Doomed(Regression):
+        def loss(self, batch: SimpleNamespace, generator: torch.Generator) -> tuple[Tensor, int]:
+            if batch.value == killed_in_step - 1:
+                raise Killed
+            return super().loss(batch, generator)
+
+    with pytest.raises(Killed):
+        _train(tmp_path / "cut", Doomed())
+    assert _train(tmp_path / "cut", Regression())
+    assert _losses(tmp_path / "cut") == expected
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
+    assert not _train(tmp_path / "cut", Regression(stop_at=4))
+    assert (tmp_path / "cut" / "LATEST").read_text() == "step-5"
+    assert _train(tmp_path / "cut", Regression())
+    _train(tmp_path / "whole", Regression())
+    assert _losses(tmp_path / "cut") == _losses(tmp_path / "whole")
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path: Path) -> None:
+    _train(tmp_path, Regression())
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert _train(tmp_path, Regression())
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_a_non_finite_step_is_skipped_and_its_files_are_recorded(tmp_path: Path) -> None:
+    assert _train(tmp_path, Regression(spoil=[3, 4]))
+    skipped = [row for row in read_metrics(tmp_path) if row["kind"] == "skipped"]
+    assert [(row["step"], row["paths"]) for row in skipped] == [(4, ["clip-3.mp4"]), (5, ["clip-4.mp4"])]
+    assert all(row["loss"] == row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "step")
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_the_run_and_name_the_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 steps in a row.*step 6 on clip-5\.mp4"):
+        _train(tmp_path, Regression(spoil=[1, 3, 4, 5]))
+
+
+def test_skipped_clips_are_said_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _train(tmp_path, Regression())
+    assert "skipped clip-7.mp4: no video stream" in capsys.readouterr().out
+
+
+def test_metrics_survive_a_line_cut_in_half(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + '\n{"kind": "st')
+    assert read_metrics(tmp_path) == [{"kind": "step", "step": 1}]
+
+
+def test_no_two_ranks_or_steps_share_random_numbers() -> None:
+    draws = {torch.rand((), generator=step_generator(42, rank, step)).item() for rank in range(4) for step in range(50)}
+    assert len(draws) == 200
+    again = torch.rand((), generator=step_generator(42, 3, 49)).item()
+    assert again in draws

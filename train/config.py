@@ -1,0 +1,191 @@
+"""What a training run is: one frozen dataclass per concern, two recipes made of them.
+
+Units: steps are optimiser steps, learning rates are per step, resolutions are named as in `opensora_fast.resolutions`.
+Every field can be set from the command line as `--section.field value`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from opensora_fast.conditions import CONDITIONS
+from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
+from opensora_fast.errors import UserError
+from opensora_fast.sampling import SamplingSettings
+from opensora_fast.train.buckets import BucketTable, validate_buckets
+
+
+def _require(good: bool, name: str, value: object, rule: str) -> None:
+    if not good:
+        raise UserError(f"{name}={value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Clips: `index` and `heldout_index` are files of `opensora-fast data index`; "demo" prepares the demo's."""
+
+    index: str | None = None
+    heldout_index: str | None = None
+    buckets: BucketTable = field(default_factory=dict)  # {resolution: {frames: (probability, batch size)}}
+    fps_max: int = 24
+    workers: int = 12
+    prefetch: int = 2  # batches per worker
+
+    def __post_init__(self) -> None:
+        validate_buckets(self.buckets)
+        _require(self.workers >= 0, "data.workers", self.workers, "use 0 (decode in the training process) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSection:
+    """The frozen autoencoder of a diffusion run.
+
+    `weights` is an autoencoder run, one of its checkpoints, or a released safetensors file, whose configuration is
+    `config`. Without weights, `untrained_seed` allows a randomly initialised one (a rehearsal of the machinery, never a
+    result).
+    """
+
+    kind: Literal["video_dc_ae", "hunyuan"] = "video_dc_ae"
+    weights: str | None = None
+    config: VideoDCAEConfig = VideoDCAEConfig()
+    untrained_seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSection:
+    """Text encoders: folders for transformers' `from_pretrained`; "demo" writes a tiny random pair into the run."""
+
+    t5: str | None = None
+    clip: str | None = None
+    max_length_t5: int = 512
+    max_length_clip: int = 77
+    dropout: float = 0.316  # sqrt(0.1) per encoder: both are dropped for 10 % of the samples
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.dropout <= 1, "text.dropout", self.dropout, "a probability lies between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """AdamW on fp32 masters (paper section 4.2). `lr` lists (first step, rate); the last pair that has begun counts."""
+
+    lr: tuple[tuple[int, float], ...] = ((0, 5e-5),)
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    ema_decay: float | None = None
+    nonfinite_limit: int = 10  # skipped steps in a row before the run stops
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.lr) > 0 and self.lr[0][0] == 0, "optimizer.lr", self.lr, "the first pair must begin at step 0"
+        )
+        _require(list(self.lr) == sorted(self.lr), "optimizer.lr", self.lr, "list the pairs by ascending step")
+        _require(self.nonfinite_limit >= 1, "optimizer.nonfinite_limit", self.nonfinite_limit, "must be at least 1")
+        _require(self.gradient_clip > 0, "optimizer.gradient_clip", self.gradient_clip, "must be positive")
+        if self.ema_decay is not None:
+            _require(
+                0 < self.ema_decay < 1, "optimizer.ema_decay", self.ema_decay, "use a value between 0 and 1, or None"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopSection:
+    steps: int
+    seed: int = 42
+    log_every: int = 10
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "loop.steps", self.steps, "train at least one step")
+        _require(self.log_every >= 1, "loop.log_every", self.log_every, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    every: int = 200
+    keep: int = 20
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least the newest one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSection:
+    """Held-out loss at fixed draws (0: only at both ends) and sample clips (0: none), every so many steps."""
+
+    every: int = 0
+    draws: int = 4  # noise draws per held-out clip
+    sample_every: int = 0
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    context_parallel: int = 1  # ranks that share one sequence
+    checkpoint_double: int = 0  # first double blocks whose activations are recomputed
+    checkpoint_single: int = 0  # first single blocks whose activations are recomputed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRecipe:
+    """One stage of the video diffusion transformer's training."""
+
+    name: str
+    follows: str | None = None  # the recipe whose run `init_weights` has to name; None: may start from nothing
+    init_weights: str | None = None  # a run or one of its checkpoints: training starts from its (averaged) weights
+    model: MMDiTConfig
+    autoencoder: AutoencoderSection
+    text: TextSection
+    data: DataSection
+    condition_weights: dict[str, float] = field(default_factory=lambda: {"t2v": 1.0})
+    optimizer: OptimizerSection = OptimizerSection()
+    loop: LoopSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    parallel: ParallelSection = ParallelSection()
+    sampling_defaults: SamplingSettings = SamplingSettings()  # of `opensora-fast sample` and of validation samples
+
+    def __post_init__(self) -> None:
+        for name, weight in self.condition_weights.items():
+            _require(name in CONDITIONS, "condition_weights", name, f"use {', '.join(CONDITIONS)}")
+            _require(weight >= 0, f"condition_weights.{name}", weight, "a weight cannot be negative")
+        _require(
+            sum(self.condition_weights.values()) > 0,
+            "condition_weights",
+            self.condition_weights,
+            "one must be positive",
+        )
+        conditioned = any(weight > 0 for name, weight in self.condition_weights.items() if name != "t2v")
+        _require(
+            self.model.cond_embed or not conditioned,
+            "model.cond_embed",
+            self.model.cond_embed,
+            "image and video conditions need a model with a condition embedding",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe:
+    """Training of a Video DC-AE (paper section 3; reconstruction phase)."""
+
+    name: str
+    autoencoder: AutoencoderSection
+    data: DataSection
+    optimizer: OptimizerSection = OptimizerSection()
+    loop: LoopSection
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+
+
+Recipe = DiffusionRecipe | AutoencoderRecipe
+
+
+def recipe_to_dict(recipe: Recipe) -> dict:
+    """The recipe as JSON-ready data."""
+    return dataclasses.asdict(recipe)

@@ -1,0 +1,205 @@
+"""The velocity task: a batch of clips to the flow-matching loss of the video diffusion transformer.
+
+    clip -> latent x0;  x_t = (1 - t) x0 + (1 - (1 - s)(1 - t)) x1;  loss = mean |model(x_t, t, text, condition) - ((1 -
+    s) x1 - x0)|^2
+
+B batch, C latent channels, T latent frames, H W latent size, N video tokens, L text tokens, D features.
+Source: paper section 4.2 and the released code, which differs from it in sign and in the shift (see
+`opensora_fast.flow`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from opensora_fast.autoencoder import Autoencoder
+from opensora_fast.checkpoint_folder import (
+    find_checkpoint,
+    load_autoencoder,
+    load_mmdit,
+    load_text_encoders,
+    step_folders,
+)
+from opensora_fast.conditions import condition_tokens, draw_condition, training_condition
+from opensora_fast.errors import UserError
+from opensora_fast.flow import interpolate, sample_timesteps, shift_alpha, velocity_target
+from opensora_fast.mmdit import MMDiT
+from opensora_fast.positions import patchify, position_ids_THW
+from opensora_fast.prompts import with_suffix
+from opensora_fast.sampling import sample
+from opensora_fast.text import TextEncoders
+from opensora_fast.train.checkpoint import RunFolder
+from opensora_fast.train.config import DiffusionRecipe, recipe_to_dict
+from opensora_fast.train.feeds import fixed_feed, training_feed
+from opensora_fast.train.loader import Batch
+from opensora_fast.train.loop import train
+from opensora_fast.train.metrics import mean
+from opensora_fast.train.stand_ins import resolve_autoencoder, resolve_text
+from opensora_fast.video_io import write_image, write_video
+
+
+class VelocityTask:
+    """What the loop needs of a diffusion run: the module to train, a loss, a held-out evaluation."""
+
+    @staticmethod
+    def architecture(recipe: dict) -> dict:
+        """The part of a recipe that a checkpoint's weights depend on."""
+        return recipe["model"]
+
+    def __init__(
+        self,
+        recipe: DiffusionRecipe,
+        model: MMDiT,
+        autoencoder: Autoencoder,
+        text: TextEncoders,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.autoencoder = autoencoder
+        self.text = text
+        self.device = device
+        self.dtype = dtype
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Mean squared velocity error of one batch (fp32 scalar) and its number of tokens, text included.
+
+        All randomness is drawn from `generator` (a CPU one, so that every device sees the same draws).
+        """
+        config = self.recipe.model
+        video_BCTHW = batch.video_BCTHW.to(self.device)
+        with torch.no_grad():
+            latent_BCTHW = self.autoencoder.encode(video_BCTHW).float()
+            cond_BND = self._condition(video_BCTHW, latent_BCTHW, generator)
+            txt_BLD, vec_BD = self._text(batch, generator)
+        batch_size, _, frames, rows, columns = latent_BCTHW.shape
+        tokens_per_frame = rows * columns // config.patch_size**2
+        t_B = sample_timesteps(batch_size, shift_alpha(tokens_per_frame, frames), generator).to(self.device)
+        noise_BCTHW = torch.randn(latent_BCTHW.shape, generator=generator).to(self.device)
+        target_BND = patchify(velocity_target(latent_BCTHW, noise_BCTHW), config.patch_size)
+        img_BND = patchify(interpolate(latent_BCTHW, noise_BCTHW, t_B), config.patch_size)
+        ids_N3 = position_ids_THW(frames, rows // config.patch_size, columns // config.patch_size).to(self.device)
+        velocity_BND = self.model(
+            img_BND.to(self.dtype),
+            ids_N3.expand(batch_size, -1, -1),
+            txt_BLD.to(self.dtype),
+            torch.zeros(*txt_BLD.shape[:2], 3, device=self.device),
+            t_B,
+            vec_BD.to(self.dtype),
+            cond=None if cond_BND is None else cond_BND.to(self.dtype),
+            checkpoint_double=self.recipe.parallel.checkpoint_double,
+            checkpoint_single=self.recipe.parallel.checkpoint_single,
+        )
+        loss = nn.functional.mse_loss(velocity_BND.float(), target_BND)
+        return loss, batch_size * (img_BND.shape[1] + txt_BLD.shape[1])
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Mean loss over `validation.draws` fixed draws of noise, time, condition and dropout; {} without batches."""
+        losses = []
+        for number, batch in enumerate(batches):
+            for draw in range(self.recipe.validation.draws):
+                generator = torch.Generator().manual_seed(1_000 * number + draw)
+                losses.append(self.loss(batch, generator)[0].item())
+        return {"loss": mean(losses)} if losses else {}
+
+    def _condition(self, video_BCTHW: Tensor, latent_BCTHW: Tensor, generator: torch.Generator) -> Tensor | None:
+        if not self.recipe.model.cond_embed:
+            return None
+        frames, compression = video_BCTHW.shape[2], self.autoencoder.compression[0]
+        names = [
+            draw_condition(self.recipe.condition_weights, frames, self.autoencoder.causal, generator, compression)
+            for _ in range(video_BCTHW.shape[0])
+        ]
+        mask_B1THW, reference_BCTHW = training_condition(self.autoencoder, video_BCTHW, latent_BCTHW, names)
+        return condition_tokens(mask_B1THW, reference_BCTHW, self.recipe.model.patch_size)
+
+    def _text(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        prompts = [
+            with_suffix(text, fps, motion)
+            for text, fps, motion in zip(batch.text, batch.fps.tolist(), batch.motion, strict=True)
+        ]
+        txt_BLD, vec_BD = self.text.encode(prompts)
+        null_txt_1LD, null_vec_1D = self.text.null()
+        # T5 and CLIP are dropped independently, each with the same probability
+        keep_2B = (torch.rand(2, len(prompts), generator=generator) >= self.recipe.text.dropout).to(txt_BLD.device)
+        return (
+            torch.where(keep_2B[0, :, None, None], txt_BLD, null_txt_1LD),
+            torch.where(keep_2B[1, :, None], vec_BD, null_vec_1D),
+        )
+
+
+def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.device, *, fresh: bool) -> bool:
+    """Train the transformer of a recipe whose data are resolved. Returns False when interrupted (state saved).
+
+    Raises UserError for encoders, weights or clips that do not fit the recipe.
+    """
+    recipe = resolve_autoencoder(recipe, run.path)
+    text_widths = {"t5_dim": recipe.model.context_in_dim, "clip_dim": recipe.model.vec_in_dim}
+    recipe = dataclasses.replace(recipe, text=resolve_text(recipe.text, run.path, **text_widths))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    described = recipe_to_dict(recipe)
+    autoencoder = load_autoencoder(described["autoencoder"], device, dtype)
+    text = load_text_encoders(described["text"], device, dtype)
+    _check_fit(recipe, autoencoder, text)
+    multiple = autoencoder.compression[1] * recipe.model.patch_size
+    loader = training_feed(recipe.data, autoencoder, multiple=multiple, seed=recipe.loop.seed, device=device)
+    heldout = fixed_feed(recipe.data.heldout_index, recipe.data, multiple=multiple)
+    model = _initial_model(recipe, resuming=bool(step_folders(run.path)) and not fresh).to(device)
+    task = VelocityTask(recipe, model, autoencoder, text, device, dtype)
+    if fresh:
+        run.clear()
+    return train(task, recipe, run, loader, heldout, sample=lambda step: _validation_samples(task, run.path, step))
+
+
+def _initial_model(recipe: DiffusionRecipe, *, resuming: bool) -> MMDiT:
+    """The model before its first step, fp32 on the CPU: another run's weights, or drawn from the run's seed."""
+    if recipe.init_weights is None or resuming:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.loop.seed)
+            return MMDiT(recipe.model)
+    model = load_mmdit(find_checkpoint(Path(recipe.init_weights)), None, torch.device("cpu"), torch.float32)
+    if model.config != recipe.model:
+        raise UserError(
+            f"init_weights={recipe.init_weights}: its model is {model.config}, the recipe's is {recipe.model}"
+        )
+    return model.train().requires_grad_(True)
+
+
+def _check_fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, text: TextEncoders) -> None:
+    null_txt_1LD, null_vec_1D = text.null()
+    pairs = (
+        (
+            "autoencoder.weights",
+            autoencoder.latent_channels,
+            "model.in_channels / patch_size^2",
+            recipe.model.latent_channels,
+        ),
+        ("text.t5", null_txt_1LD.shape[-1], "model.context_in_dim", recipe.model.context_in_dim),
+        ("text.clip", null_vec_1D.shape[-1], "model.vec_in_dim", recipe.model.vec_in_dim),
+    )
+    for source, theirs, field, ours in pairs:
+        if theirs != ours:
+            raise UserError(f"{source} gives {theirs} channels, {field} is {ours}: name another one")
+
+
+def _validation_samples(task: VelocityTask, run: Path, step: int) -> None:
+    """One clip per validation prompt, in RUN/samples."""
+    recipe = task.recipe
+    settings = recipe.sampling_defaults
+    for number, prompt in enumerate(recipe.validation.prompts):
+        video_BCTHW = sample(task.model, task.autoencoder, task.text, [prompt], settings)
+        path = run / "samples" / f"step-{step}-{number}.{'png' if settings.frames == 1 else 'mp4'}"
+        path.parent.mkdir(exist_ok=True)
+        record = {"comment": json.dumps({"prompt": prompt, "step": step, **dataclasses.asdict(settings)})}
+        if settings.frames == 1:
+            write_image(path, video_BCTHW[0, :, 0], record)
+        else:
+            write_video(path, video_BCTHW[0], settings.fps, record)
