@@ -7,6 +7,11 @@ import torch
 
 from opensora_fast.kernels import extension
 
+# Device contexts look up once, at their first use in a process, which functions they intercept. Were that first use
+# under the fixture below, they would know its torch.empty and never again the real one: models "on meta" would be real.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
