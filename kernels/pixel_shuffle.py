@@ -134,10 +134,10 @@ def _run(
     temporal_factor: int,
 ) -> Tensor:
     """Fill `out` with the selected backend's `function`, which is "space_to_channel" or "channel_to_space"."""
-    name, reason = selected(source.shape, source.dtype, source.device.type)
+    missing = missing_backends(source.dtype, source.device.type)
+    selection = selected(source.shape, source.dtype, source.device.type)
+    name = backend.announced("pixel_shuffle", selection, missing)
     if name == "reference":
-        if reason in extension.load().missing.values():
-            backend.warn_once(f"pixel_shuffle runs its slow reference: {reason}")
         return out.copy_(REFERENCES[function](base, source, out.shape[1], scale, spatial_factor, temporal_factor))
     if out.numel() == 0:
         return out

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from opensora_fast.kernels import extension
+from opensora_fast.kernels import backend, extension, launch
 
 # Device contexts look up once, at their first use in a process, which functions they intercept. Were that first use
 # under the fixture below, they would know its torch.empty and never again the real one: models "on meta" would be real.
@@ -62,3 +62,28 @@ def assert_as_exact():
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
     return check
+
+
+@pytest.fixture
+def set_backend(monkeypatch):
+    """set_backend(text) makes this process read the variable anew."""
+
+    def set_to(text):
+        monkeypatch.setenv(backend.VARIABLE, text)
+        backend.overrides.cache_clear()
+
+    yield set_to
+    monkeypatch.undo()
+    backend.overrides.cache_clear()
+
+
+@pytest.fixture(params=["reference-cpu", "triton-cpu", pytest.param("triton-cuda", marks=pytest.mark.gpu)])
+def place(request, set_backend):
+    """A device, with the op that the test module names in OP forced to a backend there; skipped where it cannot run."""
+    name, device = request.param.split("-")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if name == "triton" and (reason := launch.missing(device)):
+        pytest.skip(reason)
+    set_backend(f"{request.module.OP}:{name}")
+    return torch.device(device)

@@ -7,19 +7,6 @@ from opensora_fast.kernels import backend, pixel_shuffle
 from opensora_fast.kernels.pixel_shuffle import space_to_channel_mean_add
 
 
-@pytest.fixture
-def set_backend(monkeypatch):
-    """set_backend(text) makes this process read the variable anew."""
-
-    def set_to(text):
-        monkeypatch.setenv(backend.VARIABLE, text)
-        backend.overrides.cache_clear()
-
-    yield set_to
-    monkeypatch.undo()
-    backend.overrides.cache_clear()
-
-
 def test_reads_a_list():
     assert backend.parse_overrides("") == {}
     assert backend.parse_overrides("pixel_shuffle:host, cost:cuda,") == {
