@@ -1,13 +1,16 @@
 """Which implementation of an op runs: what its `choose` says, unless OPENSORA_FAST_BACKEND says otherwise.
 
 `OPENSORA_FAST_BACKEND=op:name[,op:name]`, where op is a file of this folder and covers all its functions; read once.
+Within `forced(...)` it is what the caller says.
 """
 
 import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 VARIABLE = "OPENSORA_FAST_BACKEND"
 NAMES = ("reference", "host", "cuda", "triton", "gluon", "cudnn", "flash", "cpu_flash")
@@ -32,16 +35,31 @@ def overrides() -> dict[str, str]:
     return parse_overrides(os.environ.get(VARIABLE, ""))
 
 
+_forced: ContextVar[Mapping[str, str] | None] = ContextVar("_forced", default=None)
+
+
+@contextmanager
+def forced(names: Mapping[str, str]) -> Iterator[None]:
+    """Within, every op in `names` runs on the backend that it names there, or raises ValueError where it cannot."""
+    token = _forced.set(names)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tuple[str, str]:
     """Return (backend, reason): the override of `op` when there is one, else `choice`.
 
     missing: backend -> why it cannot run on this device and dtype, empty when it can. Raises ValueError when the
     override is not among the backends of this device or cannot run.
     """
-    name = overrides().get(op)
-    if name is None:
+    if name := (_forced.get() or {}).get(op):
+        setting = f"forced {op}:{name}"
+    elif name := overrides().get(op):
+        setting = f"{VARIABLE}={op}:{name}"
+    else:
         return choice
-    setting = f"{VARIABLE}={op}:{name}"
     if name not in missing:
         raise ValueError(f"{setting} does not exist for these tensors; choose one of {', '.join(missing)} or unset it")
     if missing[name]:

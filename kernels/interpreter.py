@@ -1,7 +1,8 @@
 """A correction of Triton's interpreter, which is how kernels run on a machine without a GPU.
 
-Up to 3.9 it truncates float32 to bfloat16 where the hardware rounds to the nearest, ties to even. It also multiplies
-bfloat16 numbers as if their bits were integers: our kernels convert what they load, so that they never do that.
+Up to 3.9 it truncates float32 to bfloat16 where the hardware rounds to the nearest, ties to even, and loses the
+smallest bfloat16 numbers. It also multiplies bfloat16 numbers as if their bits were integers: our kernels convert what
+they load, so that they never do that.
 """
 
 import numpy as np
@@ -9,14 +10,17 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
-def round_bfloat16_to_nearest() -> None:
-    """Make every conversion from float32 to bfloat16 in the interpreter what the hardware's is."""
-    truncating = InterpreterBuilder.cast_impl
+def convert_bfloat16_as_hardware_does() -> None:
+    """Make every conversion between float32 and bfloat16 in the interpreter what the hardware's is."""
+    original = InterpreterBuilder.cast_impl
 
     def cast_impl(self, source, target):
-        if source.dtype.scalar != tl.float32 or target.scalar != tl.bfloat16:
-            return truncating(self, source, target)
-        return TensorHandle(_nearest_bfloat16(source.data), target.scalar)
+        types = source.dtype.scalar, target.scalar
+        if types == (tl.float32, tl.bfloat16):
+            return TensorHandle(_nearest_bfloat16(source.data), target.scalar)
+        if types == (tl.bfloat16, tl.float32):
+            return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), target.scalar)
+        return original(self, source, target)
 
     InterpreterBuilder.cast_impl = cast_impl
 

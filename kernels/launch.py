@@ -7,7 +7,7 @@ Every op file imports with and without Triton; what needs it is only reached whe
 
     launch(_kernel, (grid,), x_ptr=x, y_ptr=y, size=x.numel(), BLOCK=1024, COMPUTE=compute_type(x.dtype), num_warps=4)
 
-Op files start with `from __future__ import annotations`, so that `tl.constexpr` is not looked up where Triton is missing.
+Op files start with `from __future__ import annotations`: `tl.constexpr` is then not looked up where Triton is missing.
 """
 
 from __future__ import annotations
@@ -37,26 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 if INTERPRETED and triton is not None:
     from opensora_fast.kernels import interpreter
 
-    interpreter.round_bfloat16_to_nearest()
-
-
-def jit(function: Callable) -> Any:
-    """`triton.jit`; where Triton is missing, the function itself, which nothing then calls."""
-    return function if triton is None else triton.jit(function)
-
-
-def missing(device_type: str) -> str:
-    """Why Triton kernels cannot run on tensors of this device, "" when they can."""
-    if _MISSING or device_type == "cuda":
-        return _MISSING
-    if device_type != "cpu":
-        return f"Triton has no {device_type} device here"
-    return "" if INTERPRETED else "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1"
-
-
-def compute_type(dtype: torch.dtype) -> Any:
-    """What a kernel computes in: float64 for float64, so that gradients can be checked, else float32."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    interpreter.convert_bfloat16_as_hardware_does()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +54,25 @@ class Launch:
 _record: ContextVar[list[Launch] | None] = ContextVar("_record", default=None)
 
 
+def jit(function: Callable) -> Any:
+    """`triton.jit`; where Triton is missing, the function itself, which nothing then calls."""
+    return function if triton is None else triton.jit(function)
+
+
+def missing(device_type: str) -> str:
+    """Why Triton kernels cannot run (within `recorded()`: be listed) on tensors of this device, "" when they can."""
+    if _MISSING or device_type == "cuda" or _record.get() is not None:
+        return _MISSING
+    if device_type != "cpu":
+        return f"Triton has no {device_type} device here"
+    return "" if INTERPRETED else "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1"
+
+
+def compute_type(dtype: torch.dtype) -> Any:
+    """What a kernel computes in: float64 for float64, so that gradients can be checked, else float32."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Within, launches are listed instead of run: what ahead-of-time compilation learns the kernels' arguments from."""
@@ -87,9 +87,7 @@ def recorded() -> Iterator[list[Launch]]:
 def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 3, **arguments: Any) -> None:
     """Run `kernel` over `grid` on the device of its tensors; an empty grid is no work."""
     if (record := _record.get()) is not None:
-        record.append(
-            Launch(kernel=kernel, grid=grid, arguments=arguments, num_warps=num_warps, num_stages=num_stages)
-        )
+        record.append(Launch(kernel=kernel, grid=grid, arguments=arguments, num_warps=num_warps, num_stages=num_stages))
         return
     if 0 in grid:
         return

@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import backend
 
 # command -> (module, what it is for). Two words name a command of a group.
 COMMANDS = {
@@ -36,6 +37,13 @@ def _resolve(words: list[str]) -> tuple[str, list[str]]:
     raise UserError(f"unknown command {' '.join(words[:2])!r}: use one of {', '.join(COMMANDS)}")
 
 
+def _check_environment() -> None:
+    try:
+        backend.overrides()
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
     words = sys.argv[1:] if argv is None else argv
@@ -44,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         module, rest = _resolve(words)
+        _check_environment()
         return import_module(module).main(rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

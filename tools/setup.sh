@@ -16,7 +16,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   extras=text,gpu,demo,dev
   pip install --quiet "torch>=2.11"
 else
-  extras=text,demo,dev
+  extras=text,demo,dev,interpreter
   torch=2.13.0+cpu
   pip install --quiet "torch==$torch" 2>/dev/null ||
     pip install --quiet "torch==$torch" --index-url https://download.pytorch.org/whl/cpu
