@@ -15,7 +15,7 @@ Numerics  Weights, activations and the residual stream have one dtype; inputs ar
 Source    Open-Sora 2.0 (arXiv 2503.09642, section 3.2), Stable Diffusion 3 (arXiv 2403.03206) and FLUX.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -28,6 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
+from opensora_fast.kernels.attention import single_rope_attention, split_rope_attention
+from opensora_fast.kernels.gated_residual import gated_residual, gated_residual_modulated_norm_linear
+from opensora_fast.kernels.gelu import attention_gelu_linear, gelu_linear
+from opensora_fast.kernels.modulated_norm import modulated_norm_linear
 from opensora_fast.positions import rope_cos_sin
 
 EPS = 1e-6  # of every norm
@@ -135,7 +139,10 @@ class MMDiT(nn.Module):
         if modulation is None:  # each block computes its own, so that sharded or recomputed weights are met only there
             vec_BD = self._condition(timesteps, y_vec, guidance)
 
-        rope = rope_cos_sin(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        ids_BS3 = torch.cat((txt_ids, img_ids), dim=1)
+        cos, sin = rope_cos_sin(ids_BS3, self.config.axes_dim, self.config.theta)
+        wide = torch.promote_types(dtype, torch.float32)
+        rope = cos.to(wide), sin.to(wide)
         img_BND = self.img_in(img.to(dtype))
         if self.cond_in is not None:
             cond = img.new_zeros(*img.shape[:2], self.config.cond_channels) if cond is None else cond
@@ -221,7 +228,19 @@ class Embedder(nn.Module):
 
 
 class DoubleBlock(nn.Module):
-    """Text and video each through their own weights, meeting in one joint attention."""
+    """Text and video each through their own weights, meeting in one joint attention.
+
+    Kept for the backward, by each stream of T tokens, in units of one [B, T, D] (M = 4 D):
+
+        1  the block's input                    modulated_norm_linear, gated_residual_modulated_norm_linear
+        3  qkv, from which q and k follow       split_rope_attention
+        1  the attention's output               split_rope_attention, proj
+        1  its projection, from which the       gated_residual_modulated_norm_linear
+           middle residual follows
+        4  the MLP before its activation        gelu_linear
+        1  the MLP's output                     gated_residual
+       11  and the norms' statistics: norm outputs, GELU, q and k are made again in the backward.
+    """
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -239,11 +258,12 @@ class DoubleBlock(nn.Module):
             modulation = self.modulate(modulation)
         txt_qkv = self.txt.project(txt_BLD, modulation.txt.attention)
         img_qkv = self.img.project(img_BND, modulation.img.attention)
-        attention_BSD = rope_attention([txt_qkv, img_qkv], [self.txt.qk_scale, self.img.qk_scale], rope)
-        txt_attention, img_attention = attention_BSD.split((txt_BLD.shape[1], img_BND.shape[1]), dim=1)
+        txt_attention, img_attention = split_rope_attention(
+            txt_qkv, img_qkv, *self.txt.qk_scale, *self.img.qk_scale, *rope, eps=EPS
+        )
         return (
-            self.img.update(img_BND, img_attention, modulation.img),
-            self.txt.update(txt_BLD, txt_attention, modulation.txt),
+            self.img.update(img_BND, img_attention.flatten(2), modulation.img),
+            self.txt.update(txt_BLD, txt_attention.flatten(2), modulation.txt),
         )
 
 
@@ -267,19 +287,38 @@ class Stream(nn.Module):
 
     def project(self, x_BTD: Tensor, adaln: AdaLN) -> Tensor:
         """Queries, keys and values [B, T, 3, H, K]."""
-        normed_BTD = modulated_norm(x_BTD, adaln.shift_BD, adaln.scale_BD)
-        return self.qkv(normed_BTD).unflatten(-1, (3, -1, self.head_dim))
+        qkv = modulated_norm_linear(x_BTD, adaln.shift_BD, adaln.scale_BD, self.qkv.weight, self.qkv.bias, eps=EPS)
+        return qkv.unflatten(-1, (3, -1, self.head_dim))
 
     def update(self, x_BTD: Tensor, attention_BTD: Tensor, modulation: StreamModulation) -> Tensor:
         """The two residual steps that follow attention: its projection, then the MLP."""
         attention, mlp = modulation
-        x_BTD = gated_residual(x_BTD, attention.gate_BD, self.proj(attention_BTD))
-        hidden_BTM = self.mlp_in(modulated_norm(x_BTD, mlp.shift_BD, mlp.scale_BD))
-        return gated_residual(x_BTD, mlp.gate_BD, self.mlp_out(gelu(hidden_BTM)))
+        x_BTD, hidden_BTM = gated_residual_modulated_norm_linear(
+            x_BTD,
+            self.proj(attention_BTD),
+            attention.gate_BD,
+            mlp.shift_BD,
+            mlp.scale_BD,
+            self.mlp_in.weight,
+            self.mlp_in.bias,
+            eps=EPS,
+        )
+        branch_BTD = gelu_linear(hidden_BTM, self.mlp_out.weight, self.mlp_out.bias)
+        return gated_residual(x_BTD, branch_BTD, mlp.gate_BD)
 
 
 class SingleBlock(nn.Module):
-    """Text and video as one sequence; attention and MLP side by side under one norm and one residual."""
+    """Text and video as one sequence; attention and MLP side by side under one norm and one residual.
+
+    Kept for the backward, in units of one [B, S, D] (M = 4 D):
+
+        1  the block's input                    modulated_norm_split_linear
+        3  qkv, from which q and k follow       single_rope_attention
+        4  the MLP before its activation        attention_gelu_linear
+        1  the attention's output               single_rope_attention, attention_gelu_linear
+        1  the joint projection's output        gated_residual
+       10  and the norm's statistics.
+    """
 
     def __init__(self, config: MMDiTConfig) -> None:
         super().__init__()
@@ -298,11 +337,13 @@ class SingleBlock(nn.Module):
         """`modulation` is the block's own, or the vector [B, D] to compute it from."""
         if isinstance(modulation, Tensor):
             modulation = self.modulate(modulation)
-        normed_BSD = modulated_norm(x_BSD, modulation.shift_BD, modulation.scale_BD)
-        qkv, hidden_BSM = self.qkv_mlp(normed_BSD).split(self.sizes, dim=-1)
-        attention_BSD = rope_attention([qkv.unflatten(-1, (3, -1, self.head_dim))], [self.qk_scale], rope)
-        branch_BSD = self.proj(torch.cat((attention_BSD, gelu(hidden_BSM)), dim=-1))
-        return gated_residual(x_BSD, modulation.gate_BD, branch_BSD)
+        qkv, hidden_BSM = modulated_norm_linear(
+            x_BSD, modulation.shift_BD, modulation.scale_BD, self.qkv_mlp.weight, self.qkv_mlp.bias, eps=EPS
+        ).split(self.sizes, dim=-1)
+        qkv_BS3HK = qkv.unflatten(-1, (3, -1, self.head_dim))
+        attention_BSHK = single_rope_attention(qkv_BS3HK, *self.qk_scale, *rope, eps=EPS)
+        branch_BSD = attention_gelu_linear(attention_BSHK.flatten(2), hidden_BSM, self.proj.weight, self.proj.bias)
+        return gated_residual(x_BSD, branch_BSD, modulation.gate_BD)
 
 
 class FinalLayer(nn.Module):
@@ -319,7 +360,8 @@ class FinalLayer(nn.Module):
     def forward(self, x_BND: Tensor, modulation: Tensor | FinalModulation) -> Tensor:
         if isinstance(modulation, Tensor):
             modulation = self.modulate(modulation)
-        return self.linear(modulated_norm(x_BND, modulation.shift_BD, modulation.scale_BD))
+        shift_BD, scale_BD = modulation
+        return modulated_norm_linear(x_BND, shift_BD, scale_BD, self.linear.weight, self.linear.bias, eps=EPS)
 
 
 def sinusoids(time_B: Tensor) -> Tensor:
@@ -330,59 +372,9 @@ def sinusoids(time_B: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
-def modulated_norm(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
-    """(1 + scale) * layer_norm(x) + shift, rounded to the dtype of x once, at the end."""
-    normed_BTD = F.layer_norm(_widened(x_BTD), x_BTD.shape[-1:], eps=EPS)
-    return torch.addcmul(_widened(shift_BD)[:, None], 1 + _widened(scale_BD)[:, None], normed_BTD).to(x_BTD.dtype)
-
-
-def gated_residual(x_BTD: Tensor, gate_BD: Tensor, branch_BTD: Tensor) -> Tensor:
-    """x + gate * branch."""
-    return torch.addcmul(x_BTD, gate_BD[:, None], branch_BTD)
-
-
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def rope_attention(streams_qkv: Sequence[Tensor], qk_scales: Sequence[Tensor], rope: Rope) -> Tensor:
-    """Joint attention of all tokens of all streams, [B, S, D]: normalise q and k, rotate, softmax(q k^T / sqrt(K)) v.
-
-    Args:
-        streams_qkv: queries, keys and values [B, T, 3, H, K] of each stream; S is the sum of their T.
-        qk_scales: [2, K] for each stream, the norm's weights of queries and of keys.
-        rope: cosine and sine [B, S, K2] of the streams' positions, in the same order.
-    """
-    normed = [qk_norm(qkv[:, :, :2], scale_2K) for qkv, scale_2K in zip(streams_qkv, qk_scales, strict=True)]
-    q_BSHK, k_BSHK = rotate(torch.cat(normed, dim=1), rope).unbind(2)
-    v_BSHK = torch.cat([qkv[:, :, 2] for qkv in streams_qkv], dim=1)
-    # SDPA wants heads before positions; the kernels take the strides and copy nothing.
-    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-    attention_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK)
-    return attention_BHSK.transpose(1, 2).flatten(2)
-
-
-def qk_norm(qk_BT2HK: Tensor, scale_2K: Tensor) -> Tensor:
-    """RMS norm of every head of queries and keys; rounded before the scale, as the released weights were trained."""
-    wide = _widened(qk_BT2HK)
-    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + EPS)
-    return normed.to(qk_BT2HK.dtype) * scale_2K[:, None]
-
-
-def rotate(qk_BS2HK: Tensor, rope: Rope) -> Tensor:
-    """Rotate the channel pairs (i, i + K2) of every head by the angle of its position."""
-    cos, sin = (table_BSK2[:, :, None, None] for table_BSK2 in rope)
-    first, second = _widened(qk_BS2HK).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(qk_BS2HK.dtype)
-
-
 def recomputed(block: nn.Module) -> Callable[..., Any]:
     """`block`, keeping only its inputs for the backward. It draws no random numbers, so no generator state is saved."""
     return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int | str, ...], remedy: str) -> None:

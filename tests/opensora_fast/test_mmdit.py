@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.mmdit import MMDiT, qk_norm, rope_attention, rotate
+from opensora_fast.kernels.qk_norm_rope import qk_norm_rope
+from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import position_ids_THW, rope_cos_sin
 
 CONFIG = MMDiTConfig(
@@ -176,40 +178,10 @@ def test_only_differences_of_positions_matter():
 
 
 def test_text_is_not_rotated():
-    qk = torch.randn(B, L, 2, CONFIG.num_heads, CONFIG.head_dim)
-    assert torch.equal(rotate(qk, rope_cos_sin(torch.zeros(B, L, 3), CONFIG.axes_dim, CONFIG.theta)), qk)
-
-
-def test_attention_is_that_of_complex_rotations():
-    """Rotating the pair (i, i + K/2) is multiplying the complex number they form; computed so in float64."""
-    torch.manual_seed(0)
-    H, K, ids = 2, CONFIG.head_dim, torch.cat((torch.zeros(L, 3), position_ids_THW(*THW))).expand(B, -1, -1)
-    rope = rope_cos_sin(ids, CONFIG.axes_dim, CONFIG.theta)
-    streams, scales = [torch.randn(B, T, 3, H, K) for T in (L, N)], [torch.randn(2, K) for _ in range(2)]
-    found = rope_attention(streams, scales, rope)
-
-    normed = []
-    for stream, scale in zip(streams, scales, strict=True):
-        q, k, _ = stream.double().unbind(2)
-        normed.append(
-            [x / (x**2).mean(-1, keepdim=True).add(1e-6).sqrt() * s for x, s in zip((q, k), scale, strict=True)]
-        )
-    q, k = (torch.cat(parts, dim=1).unflatten(-1, (2, K // 2)) for parts in zip(*normed, strict=True))
-    turn = torch.polar(torch.ones(()).double(), torch.atan2(rope[1], rope[0]).double())[:, :, None]
-    q, k = ((torch.complex(*x.unbind(-2)) * turn).permute(0, 2, 1, 3) for x in (q, k))
-    weights = torch.softmax((q @ k.mH).real / K**0.5, dim=-1)
-    v = torch.cat([stream[:, :, 2] for stream in streams], dim=1).double()
-    expected = (weights @ v.transpose(1, 2)).transpose(1, 2).flatten(2)
-    assert relative(found, expected) < 1e-6
-
-
-def test_qk_norm_rounds_before_the_scale():
-    """The order of the released weights' training: normalise in float32, round, then scale."""
-    qk, scale = torch.randn(1, 50, 2, 1, 16).bfloat16(), torch.randn(2, 16).bfloat16()
-    wide = qk.float()
-    normed = (wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()).bfloat16()
-    expected = torch.stack((normed[:, :, 0] * scale[0], normed[:, :, 1] * scale[1]), dim=2)
-    assert torch.equal(qk_norm(qk, scale), expected)
+    qkv, scale = torch.randn(B, L, 3, CONFIG.num_heads, CONFIG.head_dim), torch.ones(CONFIG.head_dim)
+    q, k = qk_norm_rope(qkv, scale, scale, *rope_cos_sin(torch.zeros(B, L, 3), CONFIG.axes_dim, CONFIG.theta))
+    for turned, raw in ((q, qkv[:, :, 0]), (k, qkv[:, :, 1])):
+        torch.testing.assert_close(turned, F.rms_norm(raw, scale.shape, eps=1e-6))
 
 
 @pytest.mark.parametrize(

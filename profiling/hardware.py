@@ -1,0 +1,27 @@
+"""What a GPU can do, for models of time until measurements replace them: peaks, and rates that others published."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Rates in FLOP/s and bytes/s."""
+
+    name: str
+    peak_flops: float  # dense bfloat16
+    peak_bytes: float  # device memory
+    copy_bytes: float  # what a copy kernel reaches
+    matmul_flops: float  # large bfloat16 products
+    attention_forward_flops: float  # 4 S^2 K a head
+    attention_backward_flops: float  # 10 S^2 K a head
+
+
+H200 = Hardware(
+    name="H200",
+    peak_flops=989e12,  # NVIDIA's data sheet, without sparsity
+    peak_bytes=4.8e12,  # the same
+    copy_bytes=4.0e12,  # assumed: 83 % of the peak
+    matmul_flops=750e12,  # assumed: 76 % of the peak
+    attention_forward_flops=690e12,  # cuDNN 9.19.1 on an H200, 8k to 32k tokens: 691 to 702 (cudnn-frontend, 2026-02)
+    attention_backward_flops=600e12,  # the same: 572 to 612
+)
