@@ -1,24 +1,23 @@
-"""Flow matching: the path from noise to data, what the model learns on it, and the times at which it is visited.
+"""Flow matching: the times at which the path from noise to data is visited.
 
-    x_t = (1 - t) x_0 + (1 - (1 - s)(1 - t)) x_1        x_0 data, x_1 ~ N(0, 1), s = SIGMA_MIN;  t = 1 is pure noise
+    x_t = (1 - t) x_0 + (1 - (1 - s)(1 - t)) x_1        x_0 data, x_1 ~ N(0, 1);  t = 1 is pure noise
     v   = d x_t / d t = (1 - s) x_1 - x_0               what the model predicts: noise minus data
 
-Times are shifted towards noise, the more so the longer the video:  t <- a t / (1 + (a - 1) t),  a = shift_alpha(...).
+x_t, v and s are `opensora_fast.kernels.flow_mix`'s. Times are shifted towards noise, the more so the longer the video:
 
-Shapes   B batch, C latent channels, T latent frames, H, W latent rows and columns.  x_0, x_1, x_t, v [B, C, T, H, W];
-         t [B] fp32.
+    t <- a t / (1 + (a - 1) t),  a = shift_alpha(...).
+
+Shapes   B batch.  t [B] fp32.
 Source   Open-Sora 2.0 (arXiv 2503.09642) section 4.2, and its released code where they differ.  The paper predicts
          x_0 - x_1 and has no s; the code, and the released weights, predict (1 - s) x_1 - x_0.  The paper calls a
-         proportional to T * H * W; the code's a is affine in H * W and goes with the square root of T.  This file
-         follows the code in both.
+         proportional to T * H * W (frames, rows and columns); the code's a is affine in H * W and goes with the square
+         root of T.  This project follows the code in both.
 """
 
 import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-
-SIGMA_MIN = 1e-5
 
 # The shift of one frame is 1 at 256 tokens and 3 at 4096: images of 256 and 1024 pixels a side, 16 pixels to a token.
 _FEW_TOKENS, _MANY_TOKENS = 256, 4096
@@ -55,14 +54,3 @@ def sample_timesteps(batch: int, alpha: float, generator: torch.Generator) -> Te
     """Training times [batch] fp32 in (0, 1) on the generator's device: sigmoid of a standard normal, then shifted."""
     normal_B = torch.randn(batch, generator=generator, device=generator.device)
     return shift_timesteps(torch.sigmoid(normal_B), alpha)
-
-
-def interpolate(x0_BCTHW: Tensor, noise_BCTHW: Tensor, t_B: Tensor) -> Tensor:
-    """The point x_t of each sample's path; the fp32 times make the result fp32."""
-    t_B1111 = t_B.view(-1, 1, 1, 1, 1)
-    return (1 - t_B1111) * x0_BCTHW + (1 - (1 - SIGMA_MIN) * (1 - t_B1111)) * noise_BCTHW
-
-
-def velocity_target(x0_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """What the model should predict anywhere on the path; the loss is the mean squared error to it in fp32."""
-    return (1 - SIGMA_MIN) * noise_BCTHW - x0_BCTHW

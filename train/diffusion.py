@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opensora_fast.autoencoder import Autoencoder
 from opensora_fast.checkpoint_folder import (
@@ -28,7 +28,8 @@ from opensora_fast.checkpoint_folder import (
 )
 from opensora_fast.conditions import condition_tokens, draw_condition, training_condition
 from opensora_fast.errors import UserError
-from opensora_fast.flow import interpolate, sample_timesteps, shift_alpha, velocity_target
+from opensora_fast.flow import sample_timesteps, shift_alpha
+from opensora_fast.kernels.flow_mix import flow_mix, velocity_loss
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import patchify, position_ids_THW
 from opensora_fast.prompts import with_suffix
@@ -83,8 +84,8 @@ class VelocityTask:
         tokens_per_frame = rows * columns // config.patch_size**2
         t_B = sample_timesteps(batch_size, shift_alpha(tokens_per_frame, frames), generator).to(self.device)
         noise_BCTHW = torch.randn(latent_BCTHW.shape, generator=generator).to(self.device)
-        target_BND = patchify(velocity_target(latent_BCTHW, noise_BCTHW), config.patch_size)
-        img_BND = patchify(interpolate(latent_BCTHW, noise_BCTHW, t_B), config.patch_size)
+        mixed_BCTHW, velocity_BCTHW = flow_mix(latent_BCTHW, noise_BCTHW, t_B)
+        img_BND, target_BND = (patchify(x_BCTHW, config.patch_size) for x_BCTHW in (mixed_BCTHW, velocity_BCTHW))
         ids_N3 = position_ids_THW(frames, rows // config.patch_size, columns // config.patch_size).to(self.device)
         velocity_BND = self.model(
             img_BND.to(self.dtype),
@@ -97,8 +98,7 @@ class VelocityTask:
             checkpoint_double=self.recipe.parallel.checkpoint_double,
             checkpoint_single=self.recipe.parallel.checkpoint_single,
         )
-        loss = nn.functional.mse_loss(velocity_BND.float(), target_BND)
-        return loss, batch_size * (img_BND.shape[1] + txt_BLD.shape[1])
+        return velocity_loss(velocity_BND, target_BND), batch_size * (img_BND.shape[1] + txt_BLD.shape[1])
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:

@@ -151,12 +151,10 @@ def _optimise(task: Task, optimizer: MasterAdamW, batch: Batch, step: int, gener
     lr = learning_rate(optimizer.config, step)
     loss, tokens = task.loss(batch, generator)
     loss.backward()
-    gradient_norm = optimizer.gradient_norm()
-    # one synchronisation for both
-    loss_value, norm_value = torch.stack([loss.detach().float(), gradient_norm]).tolist()
-    if math.isfinite(loss_value) and math.isfinite(norm_value):
-        optimizer.step(lr, gradient_norm)
+    loss, gradient_norm = loss.detach().float(), optimizer.gradient_norm()
+    optimizer.step(lr, torch.where(loss.isfinite(), gradient_norm, torch.nan))
     optimizer.zero_grad()
+    loss_value, norm_value = torch.stack([loss, gradient_norm]).tolist()  # the only wait for the device
     memory = memory_gib(task.device)
     return {"loss": loss_value, "grad_norm": norm_value, "lr": lr, "tokens": tokens, "memory_gib": memory}
 

@@ -1,8 +1,7 @@
-"""AdamW on fp32 masters, with an exponential moving average that is kept in fp32.
+"""AdamW on fp32 masters, with an exponential moving average that is kept in fp32 (`opensora_fast.kernels.adamw`).
 
-m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;  w = w - lr (m^ / (sqrt(v^) + eps) + weight_decay w);  ema = decay ema
-+ (1 - decay) w A bf16 parameter cannot follow a step below 2^-8 of itself, and neither can a bf16 average: both live in
-fp32 here, and the model's bf16 weights are rounded copies of the masters. An fp32 parameter is its own master.
+A bf16 parameter cannot follow a step below 2^-8 of itself, and neither can a bf16 average: both live in fp32 here, and
+the model's bf16 weights are rounded copies of the masters. An fp32 parameter is its own master.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from opensora_fast.kernels.adamw import adamw_step
 from opensora_fast.train.config import OptimizerSection
 
 
@@ -25,49 +25,54 @@ def learning_rate(config: OptimizerSection, step: int) -> float:
 class MasterAdamW:
     """AdamW over the trainable parameters of an fp32 model, which it turns into `dtype`; state goes by their names.
 
-    State per parameter: master, first and second moment in fp32 (12 bytes; 16 with the moving average).
+    State per parameter: master, first and second moment in fp32 (12 bytes; 16 with the moving average), and the number
+    of its updates, in fp32 on the device, where a step that is not taken leaves it as it is.
     """
 
     def __init__(self, model: nn.Module, config: OptimizerSection, dtype: torch.dtype = torch.float32) -> None:
         self.config = config
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = self.parameters
+        self.masters: dict[str, Tensor] = dict(self.parameters)
         if dtype != torch.float32:  # copied before the weights are rounded
-            self.masters = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items()}
+            self.masters = {name: p.detach().clone() for name, p in self.parameters.items()}
             model.to(dtype)
+        self.first_moments = {name: torch.zeros_like(master) for name, master in self._values()}
+        self.second_moments = {name: torch.zeros_like(master) for name, master in self._values()}
+        self.updates = torch.zeros(len(self.masters), device=next(iter(self.masters.values())).device)
         self.ema = None
         if config.ema_decay is not None:
-            self.ema = {name: master.detach().clone() for name, master in self.masters.items()}
-        self._adamw = torch.optim.AdamW(
-            list(self.masters.values()),
-            lr=0.0,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+            self.ema = {name: master.clone() for name, master in self._values()}
 
     def gradient_norm(self) -> Tensor:
-        """Global L2 norm of the gradients, fp32, on their device; moves the gradients to the masters."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients).float()
+        """Global L2 norm of the gradients, fp32, on their device."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=self.updates.device)
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32)))
 
     def step(self, lr: float, gradient_norm: Tensor) -> None:
-        """Clip to `config.gradient_clip`, update masters, weights and the moving average."""
-        masters: list[Tensor] = list(self.masters.values())
-        torch.nn.utils.clip_grads_with_norm_(masters, self.config.gradient_clip, gradient_norm)
-        self._adamw.param_groups[0]["lr"] = lr
-        self._adamw.step()
-        self.round_masters()
-        if self.ema is not None:
-            assert self.config.ema_decay is not None
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.values()), masters, 1 - self.config.ema_decay)
+        """Clip to `config.gradient_clip`, update masters, weights and the moving average; nothing waits for the device.
+
+        Where `gradient_norm` (fp32, on the device) is not finite, nothing changes.
+        """
+        beta1, beta2 = self.config.betas
+        adamw_step(
+            list(self.masters.values()),
+            list(self.parameters.values()),
+            [parameter.grad for parameter in self.parameters.values()],
+            list(self.first_moments.values()),
+            list(self.second_moments.values()),
+            [] if self.ema is None else list(self.ema.values()),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=self.config.eps,
+            weight_decay=self.config.weight_decay,
+            step=self.updates,
+            gradient_norm=gradient_norm,
+            max_norm=self.config.gradient_clip,
+            ema_decay=self.config.ema_decay,
+        )
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -83,18 +88,17 @@ class MasterAdamW:
             self._fill(kept)
 
     def zero_grad(self) -> None:
-        for parameter in (*self.parameters.values(), *self.masters.values()):
+        for parameter in self.parameters.values():
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat: `model.NAME` (master), `first_moment.NAME`, `second_moment.NAME`, `updates.NAME`; `ema.NAME`."""
         state: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            moments = self._moments(master)
-            state[f"model.{name}"] = master.detach()
-            state[f"first_moment.{name}"] = moments["exp_avg"]
-            state[f"second_moment.{name}"] = moments["exp_avg_sq"]
-            state[f"updates.{name}"] = moments["step"]
+        for (name, master), updates in zip(self._values(), self.updates.unbind(), strict=True):
+            state[f"model.{name}"] = master
+            state[f"first_moment.{name}"] = self.first_moments[name]
+            state[f"second_moment.{name}"] = self.second_moments[name]
+            state[f"updates.{name}"] = updates
             if self.ema is not None:
                 state[f"ema.{name}"] = self.ema[name]
         return state
@@ -108,10 +112,6 @@ class MasterAdamW:
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
-    def _moments(self, master: Tensor) -> dict[str, Tensor]:
-        moments = self._adamw.state[master]
-        if not moments:  # as torch.optim.AdamW makes them at its first step
-            moments["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            moments["exp_avg"] = torch.zeros_like(master)
-            moments["exp_avg_sq"] = torch.zeros_like(master)
-        return moments
+    def _values(self) -> Iterator[tuple[str, Tensor]]:
+        """The masters by name, without their history."""
+        return ((name, master.detach()) for name, master in self.masters.items())

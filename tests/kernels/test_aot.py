@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
-MAX_REGISTERS = {"pixel_shuffle.cu": 112}  # 107 today; 128 would leave room for two blocks of 256 threads, no more
+# Of 65536 a multiprocessor: 128 would leave room for two blocks of 256 threads, no more, and 64 for four.
+MAX_REGISTERS = {"adamw.cu": 64, "pixel_shuffle.cu": 112}  # 58 and 107 today
 
 
 @pytest.fixture(scope="module", params=["80", "90a"], ids=["sm_80", "sm_90a"])

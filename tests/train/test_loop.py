@@ -24,6 +24,7 @@ from opensora_fast.train.config import (
 )
 from opensora_fast.train.loop import step_generator, train
 from opensora_fast.train.metrics import read_metrics
+from opensora_fast.train.optimizer import MasterAdamW
 
 
 class CountingLoader:
@@ -94,6 +95,13 @@ def _losses(folder: Path) -> list[tuple[str, int, float]]:
     return [(row["kind"], row["step"], row["loss"]) for row in read_metrics(folder)]
 
 
+def _state(folder: Path) -> dict[str, Tensor]:
+    """The newest checkpoint's tensors."""
+    state = MasterAdamW(Regression().model, _recipe().optimizer).state_dict()
+    assert RunFolder(folder, keep=3).restore(state, {}, lambda recipe: {})
+    return state
+
+
 # before the first checkpoint, right after one, one step past one, and in the last step
 @pytest.mark.parametrize("killed_in_step", [2, 5, 6, 9])
 def test_a_run_cut_anywhere_has_the_losses_of_one_that_was_not(tmp_path: Path, killed_in_step: int) -> None:
@@ -136,6 +144,32 @@ def test_a_non_finite_step_is_skipped_and_its_files_are_recorded(tmp_path: Path)
     skipped = [row for row in read_metrics(tmp_path) if row["kind"] == "skipped"]
     assert [(row["step"], row["paths"]) for row in skipped] == [(4, ["clip-3.mp4"]), (5, ["clip-4.mp4"])]
     assert all(row["loss"] == row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "step")
+
+
+@pytest.mark.parametrize("spoilt", ["loss", "gradient"])
+def test_a_spoilt_loss_or_gradient_alone_leaves_all_state_as_it_was(tmp_path: Path, spoilt: str) -> None:
+    class Half(torch.autograd.Function):
+        """Spoils the value or its derivative, not both."""
+
+        @staticmethod
+        def forward(ctx, value: Tensor) -> Tensor:
+            return value * float("nan") if spoilt == "loss" else value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient: Tensor) -> Tensor:
+            return gradient * float("inf") if spoilt == "gradient" else gradient
+
+    class Spoilt(Regression):
+        def loss(self, batch: SimpleNamespace, generator: torch.Generator) -> tuple[Tensor, int]:
+            loss, tokens = super().loss(batch, generator)
+            return (Half.apply(loss) if batch.value == 2 else loss), tokens
+
+    _train(tmp_path / "two", Regression(), _recipe(2))
+    _train(tmp_path / "three", Spoilt(), _recipe(3))
+    two, three = (_state(tmp_path / name) for name in ("two", "three"))
+    assert two["updates.weight"] == 2
+    assert all(torch.equal(value, three[name]) for name, value in two.items())
+    assert [row["step"] for row in read_metrics(tmp_path / "three") if row["kind"] == "skipped"] == [3]
 
 
 def test_too_many_non_finite_steps_in_a_row_stop_the_run_and_name_the_files(tmp_path: Path) -> None:

@@ -97,14 +97,66 @@ def test_state_filled_in_place_continues_bitwise(dtype: torch.dtype) -> None:
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_is_there_from_the_start_and_a_step_changes_it_in_place(dtype: torch.dtype) -> None:
+    model = _model()
+    optimizer = MasterAdamW(model, OptimizerSection(ema_decay=0.9), dtype)
+    state = optimizer.state_dict()
+    names = [name for name, _ in model.named_parameters()]
+    kinds = ("model", "first_moment", "second_moment", "updates", "ema")
+    assert state.keys() == {f"{kind}.{name}" for kind in kinds for name in names}
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in state.values())
+    assert all(not state[f"{kind}.{name}"].any() for kind in kinds[1:4] for name in names)
+    before = {name: value.clone() for name, value in state.items()}
+    _step(model, optimizer, 0)
+    assert all(state[f"updates.{name}"] == 1 for name in names)
+    assert all(not torch.equal(value, before[name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_norm_that_is_not_finite_changes_nothing(norm: float, dtype: torch.dtype) -> None:
+    model = _model()
+    optimizer = MasterAdamW(model, OptimizerSection(ema_decay=0.9), dtype)
+    _step(model, optimizer, 0)
+    before = {name: value.clone() for name, value in optimizer.state_dict().items()}
+    weights = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.step(1e-2, torch.tensor(norm))
+    assert all(torch.equal(value, before[name]) for name, value in optimizer.state_dict().items())
+    assert all(torch.equal(p, weight) for p, weight in zip(model.parameters(), weights, strict=True))
+
+
+def test_a_parameter_without_a_gradient_is_not_updated() -> None:
+    model = _model()
+    optimizer = MasterAdamW(model, OptimizerSection())
+    unused = model[2].bias
+    kept = unused.detach().clone()
+    model(torch.ones(1, 6)).sum().backward()
+    unused.grad = None
+    optimizer.step(1e-2, optimizer.gradient_norm())
+    assert torch.equal(unused, kept)
+    assert {name: count.item() for name, count in optimizer.state_dict().items() if name.startswith("updates.")} == {
+        "updates.0.weight": 1,
+        "updates.0.bias": 1,
+        "updates.2.weight": 1,
+        "updates.2.bias": 0,
+    }
+
+
 def test_learning_rate_warms_up_and_changes_at_its_steps() -> None:
     config = OptimizerSection(lr=((0, 1.0), (10, 0.5)), warmup_steps=4)
     assert [learning_rate(config, step) for step in (1, 2, 4, 10, 11)] == [0.25, 0.5, 1.0, 1.0, 0.5]
 
 
-def test_gradient_norm_is_the_global_norm() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_norm_is_the_global_norm(dtype: torch.dtype) -> None:
     model = _model()
-    optimizer = MasterAdamW(model, OptimizerSection())
-    model(torch.ones(1, 6)).sum().backward()
+    optimizer = MasterAdamW(model, OptimizerSection(), dtype)
+    assert optimizer.gradient_norm() == 0
+    model(torch.ones(1, 6, dtype=dtype)).sum().backward()
     expected = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
-    assert optimizer.gradient_norm().item() == pytest.approx(expected, rel=1e-6)
+    norm = optimizer.gradient_norm()
+    assert norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(expected, rel=1e-6)
