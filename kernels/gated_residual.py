@@ -116,7 +116,8 @@ def gated_residual_modulated_norm_backward_reference(
         dgate[item] += (dx * widened(h)).sum(0)
         dshift[item] += piece_dshift
         dscale[item] += piece_dscale
-    return dx_BTD, dh_BTD, *(vector.to(gate_BD.dtype) for vector in (dgate, dshift, dscale))
+    dtype = gate_BD.dtype
+    return dx_BTD, dh_BTD, dgate.to(dtype), dshift.to(dtype), dscale.to(dtype)
 
 
 # Tile choice: modulated_norm.py's. Constants are modelled for an H200 from registers and bytes in flight, not yet
@@ -163,7 +164,7 @@ def _backend(x: Tensor) -> str:
 @jit
 def residual_row(x, h, gate, D: tl.constexpr, BLOCK: tl.constexpr):
     """x + gate * h of one row."""
-    row = ()
+    row: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         row = row + (x[block] + gate[block] * h[block],)
     return row
@@ -172,7 +173,7 @@ def residual_row(x, h, gate, D: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def rounded_row(row, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """What a reader sees once `row` has been stored in DTYPE."""
-    rounded = ()
+    rounded: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         rounded = rounded + (row[block].to(DTYPE).to(COMPUTE),)
     return rounded
@@ -180,7 +181,7 @@ def rounded_row(row, DTYPE: tl.constexpr, COMPUTE: tl.constexpr, D: tl.constexpr
 
 @jit
 def sum_row(a, b, D: tl.constexpr, BLOCK: tl.constexpr):
-    row = ()
+    row: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         row = row + (a[block] + b[block],)
     return row
@@ -189,7 +190,8 @@ def sum_row(a, b, D: tl.constexpr, BLOCK: tl.constexpr):
 @jit
 def branch_gradient_row(dx, h, gate, dgate, D: tl.constexpr, BLOCK: tl.constexpr):
     """(dh of a row, dgate + its dx * h)."""
-    dh, dgate_next = (), ()
+    dh: tl.tuple = ()
+    dgate_next: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         dh = dh + (dx[block] * gate[block],)
         dgate_next = dgate_next + (dgate[block] + dx[block] * h[block],)
@@ -501,11 +503,12 @@ def _fake_gated_residual_modulated_norm(x, h, gate, shift, scale, eps):
 def _gated_residual_modulated_norm_backward(
     dx_new: Tensor, dy: Tensor, x: Tensor, h: Tensor, gate: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _pair_backward(x)(dx_new, dy, x, h, gate, scale, mean, rstd)
+
+
+def _pair_backward(x: Tensor):
     triton = _backend(x) == "triton"
-    backward = (
-        triton_gated_residual_modulated_norm_backward if triton else gated_residual_modulated_norm_backward_reference
-    )
-    return backward(dx_new, dy, x, h, gate, scale, mean, rstd)
+    return triton_gated_residual_modulated_norm_backward if triton else gated_residual_modulated_norm_backward_reference
 
 
 @_gated_residual_modulated_norm_backward.register_fake
@@ -574,20 +577,17 @@ def _gated_residual_modulated_norm_linear_backward(
     bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dh, dgate, dshift, dscale, dweight, dbias); the last two are empty when they are not wanted."""
-    dy, y = linear_input_gradient(dout, weight), None
-    if _backend(x) != "triton":
-        gradients = gated_residual_modulated_norm_backward_reference(dx_new, dy, x, h, gate, scale, mean, rstd)
-        del dy
-        if weight_wanted:
-            y = gated_residual_modulated_norm_reference(x, h, gate, shift, scale, eps)[1]
-    elif weight_wanted:
-        *gradients, y = triton_gated_residual_modulated_norm_backward_with_y(
+    dy, y = linear_input_gradient([dout], weight), None
+    if weight_wanted and _backend(x) == "triton":
+        dx, dh, dgate, dshift, dscale, y = triton_gated_residual_modulated_norm_backward_with_y(
             dx_new, dy, x, h, gate, shift, scale, mean, rstd
         )
-        del dy
     else:
-        gradients = triton_gated_residual_modulated_norm_backward(dx_new, dy, x, h, gate, scale, mean, rstd)
-    return *gradients, *linear_parameter_gradients(dout, y, x, bias_wanted)
+        dx, dh, dgate, dshift, dscale = _pair_backward(x)(dx_new, dy, x, h, gate, scale, mean, rstd)
+        y = _pair_forward(x)(x, h, gate, shift, scale, eps)[1] if weight_wanted else None
+    del dy
+    dweight, dbias = linear_parameter_gradients([dout], y, x, bias_wanted)
+    return dx, dh, dgate, dshift, dscale, dweight, dbias
 
 
 @_gated_residual_modulated_norm_linear_backward.register_fake

@@ -46,9 +46,7 @@ MAX_D = 8192
 # Reference: PyTorch's own layer norm in float32 (float64 for float64), of which 1 + scale and shift are the weight and
 # bias within one batch item; its autograd is the oracle of the backward.
 
-CPU_PIECE = (
-    1 << 17
-)  # elements a thread takes at once: temporaries stay in its cache (2^16 and 2^18 within 5 %, 2^15 -35 %)
+CPU_PIECE = 1 << 17  # elements that a thread takes at once, so that temporaries stay in its cache
 
 
 def widened(x: Tensor) -> Tensor:
@@ -135,7 +133,8 @@ def choose_tile(
 
     A row gets the fewest warps that leave a thread three blocks of it at most: at D = 3072 that is 4 warps and three
     blocks of 1024 with no idle lane, where one block of 4096 would idle a quarter of them. All programs are resident
-    together unless max_rows says otherwise.
+    together unless max_rows says otherwise; what hides the latency of memory is the rows under way, not their number.
+    Up to D = 6144 no kernel spills in 16 and 32 bits; above it the backward of the residual and norm together does.
     """
     B, T, D = shape
     num_warps = next(count for count in (1, 2, 4, 8, 16) if 3 * 256 * count >= D)
@@ -184,7 +183,7 @@ def _backend(x: Tensor) -> str:
 @jit
 def load_row(row_ptr, D: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
     """The D elements from row_ptr on, in COMPUTE."""
-    row = ()
+    row: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         d = block * BLOCK + tl.arange(0, BLOCK)
         part = tl.load(row_ptr + d) if (block + 1) * BLOCK <= D else tl.load(row_ptr + d, mask=d < D, other=0.0)
@@ -204,7 +203,7 @@ def store_row(row_ptr, row, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @jit
 def zero_row(D: tl.constexpr, BLOCK: tl.constexpr, COMPUTE: tl.constexpr):
-    row = ()
+    row: tl.tuple = ()
     for _ in tl.static_range((D + BLOCK - 1) // BLOCK):
         row = row + (tl.zeros((BLOCK,), COMPUTE),)
     return row
@@ -229,7 +228,7 @@ def row_statistics(x, D: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr):
 
 @jit
 def modulate_row(x, mean, rstd, shift, scale, D: tl.constexpr, BLOCK: tl.constexpr):
-    y = ()
+    y: tl.tuple = ()
     for block in tl.static_range((D + BLOCK - 1) // BLOCK):
         y = y + ((x[block] - mean) * rstd * (1 + scale[block]) + shift[block],)
     return y
@@ -240,7 +239,10 @@ def norm_gradient_row(dy, x, scale, mean, rstd, dshift, dscale, D: tl.constexpr,
     """(dx of a row, dshift + its dy, dscale + its dy * xhat)."""
     BLOCKS: tl.constexpr = (D + BLOCK - 1) // BLOCK
     sum_g, sum_gx = tl.zeros_like(x[0]), tl.zeros_like(x[0])
-    xhat, g, dshift_next, dscale_next = (), (), (), ()
+    xhat: tl.tuple = ()
+    g: tl.tuple = ()
+    dshift_next: tl.tuple = ()
+    dscale_next: tl.tuple = ()
     for block in tl.static_range(BLOCKS):
         xhat = xhat + ((x[block] - mean) * rstd,)
         g = g + (dy[block] * (1 + scale[block]),)
@@ -250,7 +252,7 @@ def norm_gradient_row(dy, x, scale, mean, rstd, dshift, dscale, D: tl.constexpr,
         dscale_next = dscale_next + (dscale[block] + dy[block] * xhat[block],)
     # Joined, the two sums cross the warps together: half the barriers.
     total_g, total_gx = tl.split(tl.sum(tl.join(sum_g, sum_gx), 0))
-    dx = ()
+    dx: tl.tuple = ()
     for block in tl.static_range(BLOCKS):
         dx = dx + (rstd * (g[block] - total_g / D - xhat[block] * (total_gx / D)),)
     return dx, dshift_next, dscale_next
@@ -465,7 +467,11 @@ def _triton_backward(
 
 @torch.library.custom_op("opensora_fast::modulated_norm", mutates_args=())
 def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return (triton_forward if _backend(x) == "triton" else modulated_norm_reference)(x, shift, scale, eps)
+    return _forward(x)(x, shift, scale, eps)
+
+
+def _forward(x: Tensor):
+    return triton_forward if _backend(x) == "triton" else modulated_norm_reference
 
 
 @_modulated_norm.register_fake
@@ -477,8 +483,11 @@ def _fake_modulated_norm(x, shift, scale, eps):
 def _modulated_norm_backward(
     dy: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backward = triton_backward if _backend(x) == "triton" else modulated_norm_backward_reference
-    return backward(dy, x, scale, mean, rstd)
+    return _backward(x)(dy, x, scale, mean, rstd)
+
+
+def _backward(x: Tensor):
+    return triton_backward if _backend(x) == "triton" else modulated_norm_backward_reference
 
 
 @_modulated_norm_backward.register_fake
@@ -505,20 +514,22 @@ _modulated_norm.register_autograd(_gradients, setup_context=_save)
 
 @torch.library.custom_op("opensora_fast::modulated_norm_linear", mutates_args=())
 def _modulated_norm_linear(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = (triton_forward if _backend(x) == "triton" else modulated_norm_reference)(x, shift, scale, eps)
-    return F.linear(y, weight, bias), mean, rstd
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, sizes: list[int], eps: float
+) -> list[Tensor]:
+    """One output for each of `sizes`, which sum to the features of the linear; then mean and rstd."""
+    y, mean, rstd = _forward(x)(x, shift, scale, eps)
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return [*map(F.linear, [y] * len(sizes), weight.split(sizes), biases), mean, rstd]
 
 
 @_modulated_norm_linear.register_fake
-def _fake_modulated_norm_linear(x, shift, scale, weight, bias, eps):
-    return x.new_empty((*x.shape[:2], weight.shape[0])), *statistics_like(x)
+def _fake_modulated_norm_linear(x, shift, scale, weight, bias, sizes, eps):
+    return [*(x.new_empty((*x.shape[:2], size)) for size in sizes), *statistics_like(x)]
 
 
 @torch.library.custom_op("opensora_fast::modulated_norm_linear_backward", mutates_args=())
 def _modulated_norm_linear_backward(
-    dout: Tensor,
+    douts: list[Tensor],
     x: Tensor,
     shift: Tensor,
     scale: Tensor,
@@ -531,60 +542,75 @@ def _modulated_norm_linear_backward(
     bias_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dshift, dscale, dweight, dbias); those not wanted are empty."""
-    triton = _backend(x) == "triton"
     dx, dshift, dscale, y = x.new_empty(0), x.new_empty(0), x.new_empty(0), None
     if norm_wanted:
-        dy = linear_input_gradient(dout, weight)
-        if triton and weight_wanted:
+        dy = linear_input_gradient(douts, weight)
+        if weight_wanted and _backend(x) == "triton":
             dx, dshift, dscale, y = triton_backward_with_y(dy, x, shift, scale, mean, rstd)
         else:
-            backward = triton_backward if triton else modulated_norm_backward_reference
-            dx, dshift, dscale = backward(dy, x, scale, mean, rstd)
+            dx, dshift, dscale = _backward(x)(dy, x, scale, mean, rstd)
         del dy
     if weight_wanted and y is None:
-        y = (triton_forward if triton else modulated_norm_reference)(x, shift, scale, eps)[0]
-    return dx, dshift, dscale, *linear_parameter_gradients(dout, y, x, bias_wanted)
+        y = _forward(x)(x, shift, scale, eps)[0]
+    dweight, dbias = linear_parameter_gradients(douts, y, x, bias_wanted)
+    return dx, dshift, dscale, dweight, dbias
 
 
 @_modulated_norm_linear_backward.register_fake
 def _fake_modulated_norm_linear_backward(
-    dout, x, shift, scale, weight, mean, rstd, eps, norm_wanted, weight_wanted, bias_wanted
+    douts, x, shift, scale, weight, mean, rstd, eps, norm_wanted, weight_wanted, bias_wanted
 ):
     wanted = (norm_wanted, norm_wanted, norm_wanted, weight_wanted, bias_wanted)
     shapes = (x.shape, scale.shape, scale.shape, weight.shape, weight.shape[:1])
     return tuple(x.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True))
 
 
-def linear_input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
-    """dy of out = y W^T, contiguous."""
-    return (dout.reshape(-1, dout.shape[-1]) @ weight).view(*dout.shape[:-1], weight.shape[1])
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear_input_gradient(douts: Sequence[Tensor], weight: Tensor) -> Tensor:
+    """dy of outs = y W^T cut into pieces, contiguous: one product a piece, each added to the one before."""
+    weights = weight.split([dout.shape[-1] for dout in douts])
+    dy = _rows(douts[0]) @ weights[0]
+    for dout, piece in zip(douts[1:], weights[1:], strict=True):
+        dy.addmm_(_rows(dout), piece)
+    return dy.view(*douts[0].shape[:-1], weight.shape[1])
 
 
 def linear_parameter_gradients(
-    dout: Tensor, y: Tensor | None, like: Tensor, bias_wanted: bool
+    douts: Sequence[Tensor], y: Tensor | None, like: Tensor, bias_wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dW, dbias) of out = y W^T + bias: dW empty without y, dbias if not wanted."""
-    rows = dout.reshape(-1, dout.shape[-1])
-    dweight = like.new_empty(0) if y is None else rows.t() @ y.view(-1, y.shape[-1])
-    return dweight, rows.sum(0) if bias_wanted else like.new_empty(0)
+    """(dW, dbias) of outs = y W^T + bias cut into pieces: dW empty without y, dbias if not wanted."""
+    sizes = [dout.shape[-1] for dout in douts]
+    dweight = like.new_empty(0) if y is None else like.new_empty(sum(sizes), y.shape[-1])
+    dbias = like.new_empty(sum(sizes) if bias_wanted else 0)
+    if y is not None:
+        for dout, piece in zip(douts, dweight.split(sizes), strict=True):
+            torch.mm(_rows(dout).t(), _rows(y), out=piece)
+    if bias_wanted:
+        for dout, piece in zip(douts, dbias.split(sizes), strict=True):
+            torch.sum(_rows(dout), 0, out=piece)
+    return dweight, dbias
 
 
 def _save_linear(ctx, inputs, output):
-    x, shift, scale, weight, _, ctx.eps = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, shift, scale, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
+    x, shift, scale, weight, _, ctx.sizes, ctx.eps = inputs
+    ctx.save_for_backward(x, shift, scale, weight, *output[-2:])
     ctx.set_materialize_grads(False)
 
 
-def _linear_gradients(ctx, dout, *_):
+def _linear_gradients(ctx, gradients):
     norm_wanted, (weight_wanted, bias_wanted) = any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3:5]
-    if dout is None:
-        return (None,) * 6
-    gradients = _modulated_norm_linear_backward(
-        dout, *ctx.saved_tensors, ctx.eps, norm_wanted, weight_wanted, bias_wanted
-    )
-    return *only_needed(ctx, gradients), None
+    douts, saved = gradients[:-2], ctx.saved_tensors
+    if all(dout is None for dout in douts):
+        return (None,) * 7
+    x = saved[0]
+    douts = [
+        x.new_zeros(*x.shape[:2], size) if dout is None else dout for dout, size in zip(douts, ctx.sizes, strict=True)
+    ]
+    d_inputs = _modulated_norm_linear_backward(douts, *saved, ctx.eps, norm_wanted, weight_wanted, bias_wanted)
+    return *only_needed(ctx, d_inputs), None, None
 
 
 def only_needed(ctx, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -658,7 +684,31 @@ def modulated_norm_linear(
     """
     check_envelope({"x": x_BTD}, {"shift": shift_BD, "scale": scale_BD})
     check_linear(weight_OD, bias_O, "x", x_BTD)
-    return _modulated_norm_linear(x_BTD, shift_BD, scale_BD, weight_OD, bias_O, eps)[0]
+    return _modulated_norm_linear(x_BTD, shift_BD, scale_BD, weight_OD, bias_O, [weight_OD.shape[0]], eps)[0]
+
+
+def modulated_norm_split_linear(
+    x_BTD: Tensor,
+    shift_BD: Tensor,
+    scale_BD: Tensor,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    *,
+    sizes: Sequence[int],
+    eps: float = 1e-6,
+) -> list[Tensor]:
+    """modulated_norm_linear with its features cut into pieces of `sizes`, each contiguous [B, T, size].
+
+    A split of the one result would hand the backward of the linear a joint gradient that has to be put together first,
+    7 U written and read in a single block, where this adds one product to the other: 2 U.
+    """
+    check_envelope({"x": x_BTD}, {"shift": shift_BD, "scale": scale_BD})
+    check_linear(weight_OD, bias_O, "x", x_BTD)
+    if sum(sizes) != weight_OD.shape[0] or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"sizes is {list(sizes)}; they must be positive and sum to weight's {weight_OD.shape[0]} features"
+        )
+    return _modulated_norm_linear(x_BTD, shift_BD, scale_BD, weight_OD, bias_O, list(sizes), eps)[:-2]
 
 
 def cost(shape: Sequence[int], dtype: torch.dtype, mode: str, *, out_features: int | None = None) -> Cost:

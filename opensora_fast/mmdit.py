@@ -31,7 +31,7 @@ from opensora_fast.errors import UserError
 from opensora_fast.kernels.attention import single_rope_attention, split_rope_attention
 from opensora_fast.kernels.gated_residual import gated_residual, gated_residual_modulated_norm_linear
 from opensora_fast.kernels.gelu import attention_gelu_linear, gelu_linear
-from opensora_fast.kernels.modulated_norm import modulated_norm_linear
+from opensora_fast.kernels.modulated_norm import modulated_norm_linear, modulated_norm_split_linear
 from opensora_fast.positions import rope_cos_sin
 
 EPS = 1e-6  # of every norm
@@ -337,9 +337,15 @@ class SingleBlock(nn.Module):
         """`modulation` is the block's own, or the vector [B, D] to compute it from."""
         if isinstance(modulation, Tensor):
             modulation = self.modulate(modulation)
-        qkv, hidden_BSM = modulated_norm_linear(
-            x_BSD, modulation.shift_BD, modulation.scale_BD, self.qkv_mlp.weight, self.qkv_mlp.bias, eps=EPS
-        ).split(self.sizes, dim=-1)
+        qkv, hidden_BSM = modulated_norm_split_linear(
+            x_BSD,
+            modulation.shift_BD,
+            modulation.scale_BD,
+            self.qkv_mlp.weight,
+            self.qkv_mlp.bias,
+            sizes=self.sizes,
+            eps=EPS,
+        )
         qkv_BS3HK = qkv.unflatten(-1, (3, -1, self.head_dim))
         attention_BSHK = single_rope_attention(qkv_BS3HK, *self.qk_scale, *rope, eps=EPS)
         branch_BSD = attention_gelu_linear(attention_BSHK.flatten(2), hidden_BSM, self.proj.weight, self.proj.bias)

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_fast.kernels import launch, modulated_norm
-from opensora_fast.kernels.modulated_norm import Tile, choose_tile, modulated_norm_linear
+from opensora_fast.kernels.modulated_norm import (
+    Tile,
+    choose_tile,
+    modulated_norm_linear,
+    modulated_norm_split_linear,
+)
 from opensora_fast.kernels.modulated_norm import modulated_norm as norm
 
 OP = "modulated_norm"
@@ -72,6 +77,35 @@ def test_with_linear_forward_and_gradients(shape, dtype, place, assert_as_exact)
     tensors = inputs(shape, dtype, place, out_features=24)
     grad = randn((*shape[:2], 24), dtype, place, 9)
     assert_results(assert_as_exact, modulated_norm_linear, composite_linear, tensors, grad, NAMES)
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,)], ids=["all", "one"])
+def test_split_linear_is_the_linear_in_pieces(used, place, assert_as_exact):
+    sizes = (5, 16, 3)
+
+    def pieces(function):
+        def joined(*tensors):
+            outs = function(*tensors)
+            return torch.cat([outs[number] for number in used], dim=-1)
+
+        return joined
+
+    def split(*tensors):
+        outs = modulated_norm_split_linear(*tensors, sizes=sizes)
+        assert all(out.is_contiguous() for out in outs)
+        return outs
+
+    tensors = inputs((2, 5, 72), torch.float32, place, out_features=24)
+    grad = randn((2, 5, sum(sizes[number] for number in used)), torch.float32, place, 9)
+    expected = pieces(lambda *tensors: composite_linear(*tensors).split(sizes, dim=-1))
+    assert_results(assert_as_exact, pieces(split), expected, tensors, grad, NAMES)
+
+
+def test_split_sizes_outside_of_the_envelope():
+    tensors = [tensor.detach() for tensor in inputs((2, 5, 24), torch.float32, "cpu", out_features=7)]
+    for sizes in ((3, 3), (0, 7), ()):
+        with pytest.raises(ValueError, match="sizes is"):
+            modulated_norm_split_linear(*tensors, sizes=sizes)
 
 
 def test_linear_without_bias_and_with_frozen_parts(place):
@@ -187,10 +221,10 @@ def test_opcheck(dtype):
     dout = randn((2, 5, 7), dtype, "cpu", 9)
     torch.library.opcheck(modulated_norm._modulated_norm, (x, shift, scale, EPS))
     torch.library.opcheck(modulated_norm._modulated_norm_backward, (y, *detached[:1], detached[2], mean, rstd))
-    torch.library.opcheck(modulated_norm._modulated_norm_linear, (x, shift, scale, weight, bias, EPS))
-    torch.library.opcheck(modulated_norm._modulated_norm_linear, (x, shift, scale, weight, None, EPS))
+    torch.library.opcheck(modulated_norm._modulated_norm_linear, (x, shift, scale, weight, bias, [7], EPS))
+    torch.library.opcheck(modulated_norm._modulated_norm_linear, (x, shift, scale, weight, None, [2, 5], EPS))
     for wanted in ((True, True, True), (True, False, False), (False, True, False)):
-        arguments = (dout, *detached, mean, rstd, EPS, *wanted)
+        arguments = ([dout], *detached, mean, rstd, EPS, *wanted)
         torch.library.opcheck(modulated_norm._modulated_norm_linear_backward, arguments)
 
 

@@ -32,7 +32,7 @@ SIZES = {
     "groups": Sizes(1, (2, 5), 4, 48, G=2),
     "single": Sizes(1, (7,), 3, 72, table_batch=True),
     "single-groups": Sizes(2, (3,), 4, 64, G=4),
-    "long": Sizes(1, (1, 37), 2, 256),
+    "long": Sizes(2, (1, 19), 2, 256),
     "no-text": Sizes(1, (0, 4), 1, 128),
     "empty": Sizes(0, (2, 3), 2, 32),
 }
@@ -243,6 +243,18 @@ def test_slices_of_a_wider_projection_and_any_gradient(place):
     summed = torch.autograd.grad(expected[0].sum(), [qkv])[0]  # an expanded gradient, and none for k
     chained = torch.autograd.grad(chain([qkv], scales, cos, sin)[0].sum(), [qkv])[0]
     torch.testing.assert_close(summed, chained, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_is_the_same_in_pieces(monkeypatch):
+    streams, scales, cos, sin = inputs(SIZES["joint"], torch.float64)
+    runs = []
+    for piece in (op.CPU_PIECE, 1):
+        monkeypatch.setattr(op, "CPU_PIECE", piece)
+        outputs = ours(streams, scales, cos, sin)
+        runs.append((*outputs, *gradients(outputs, [*streams, *scales])))
+    assert len(list(op._pieces(streams))) == sum(SIZES["joint"].tokens)
+    for whole, pieces in zip(*runs, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-13, atol=1e-13)
 
 
 def test_expanded_tables(place):
