@@ -1,6 +1,7 @@
 """The diffusion transformer by its laws. Its numbers are held to the released model's in test_released.py."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -142,6 +143,41 @@ def test_blocks_compile_without_graph_breaks():
             block.compile(fullgraph=True, backend="aot_eager")
         assert relative(model(**inputs), eager) < 1e-6
         assert relative(model(**inputs, modulation=given), eager) < 1e-6
+
+
+def test_the_whole_model_compiles_into_one_graph_with_one_node_an_op():
+    torch.manual_seed(0)
+    model, inputs = random_model(), random_inputs()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, fullgraph=True, backend=backend)(**inputs)
+    (graph,) = graphs
+    found = Counter(
+        str(node.target).removeprefix("opensora_fast.").removesuffix(".default")
+        for node in graph.graph.nodes
+        if str(node.target).startswith("opensora_fast.")
+    )
+    double, single = CONFIG.depth, CONFIG.depth_single_blocks
+    assert found == {
+        "modulated_norm_linear": 2 * double + single + 1,
+        "rope_attention": double + single,
+        "gated_residual_modulated_norm_linear": 2 * double,
+        "gelu_linear": 2 * double + single,
+        "gated_residual": 2 * double + single,
+    }
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert relative(compiled(**inputs), model(**inputs)) < 1e-6
+    gradients = [
+        torch.autograd.grad(run(**inputs).square().mean(), list(model.parameters())) for run in (compiled, model)
+    ]
+    for ours, eager in zip(*gradients, strict=True):
+        assert relative(ours, eager) < 1e-5
 
 
 def test_bfloat16_stays_close_to_the_same_weights_in_float32():
