@@ -52,9 +52,17 @@ def gelu_reference(x: Tensor, bias: Tensor | None = None, attention: Tensor | No
 
 
 def gelu_backward_reference(
-    dy: Tensor, x: Tensor, bias: Tensor | None = None, attention: Tensor | None = None, with_output: bool = False
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    attention: Tensor | None = None,
+    with_output: bool = False,
+    reuse_dy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, the output again, dbias): None without `with_output` and without a bias. `dy` has x's channels alone."""
+    """(dx, the output again, dbias): None without `with_output` and without a bias.
+
+    `dy` has x's channels alone; with `reuse_dy` its memory may become that of dx.
+    """
     z = _biased(x, bias)
     dz = torch.ops.aten.gelu_backward(dy.to(z.dtype), z, approximate="tanh")
     dbias = None if bias is None else (dz.new_ones(dz.shape[:-1]).flatten() @ dz.flatten(0, -2)).to(bias.dtype)
@@ -287,15 +295,23 @@ def triton_forward(x: Tensor, bias: Tensor | None = None, attention: Tensor | No
 
 
 def triton_backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None = None, attention: Tensor | None = None, with_output: bool = False
+    dy: Tensor,
+    x: Tensor,
+    bias: Tensor | None = None,
+    attention: Tensor | None = None,
+    with_output: bool = False,
+    reuse_dy: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, the output again, dbias): None without `with_output` and without a bias. `dy` has x's channels alone."""
+    """(dx, the output again, dbias): None without `with_output` and without a bias.
+
+    `dy` has x's channels alone; with `reuse_dy` its memory becomes that of dx.
+    """
     rows, M = x.shape
     D = 0 if attention is None or not with_output else attention.shape[1]
     tile = choose_tile(M, x.element_size(), sums=bias is not None)
     row_blocks = -(-rows // (tile.rows * tile.steps))
     wide = torch.promote_types(x.dtype, torch.float32)
-    dx = torch.empty((rows, M), dtype=x.dtype, device=x.device)
+    dx = dy if reuse_dy else torch.empty((rows, M), dtype=x.dtype, device=x.device)
     y = torch.empty((rows, D + M), dtype=x.dtype, device=x.device) if with_output else None
     partial = None if bias is None else torch.empty((row_blocks, M), dtype=wide, device=x.device)
     launch.launch(
@@ -315,7 +331,7 @@ def triton_backward(
         dy_stride=dy.stride(0),
         x_stride=x.stride(0),
         attention_stride=0 if attention is None else attention.stride(0),
-        dx_stride=M,
+        dx_stride=dx.stride(0),
         y_stride=D + M,
         ROWS=tile.rows,
         COLUMNS=tile.columns,
@@ -344,22 +360,24 @@ def triton_backward(
     return dx, y, dbias
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """x as [rows, channels] with contiguous channels; copied only where one stride does not lead from row to row."""
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
-def _forward(x: Tensor, bias: Tensor | None, attention: Tensor | None) -> Tensor:
+def forward_rows(x: Tensor, bias: Tensor | None, attention: Tensor | None) -> Tensor:
+    """[attention |] gelu(x + bias) of [rows, channels] by the selected backend; for use within other ops."""
     forward = triton_forward if _backend(x) == "triton" else gelu_reference
     return forward(x, bias, attention)
 
 
-def _backward(
-    dy: Tensor, x: Tensor, bias: Tensor | None, attention: Tensor | None, with_output: bool
+def backward_rows(
+    dy: Tensor, x: Tensor, bias: Tensor | None, attention: Tensor | None, with_output: bool, reuse_dy: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, the output again, dbias) as in `triton_backward`, by the selected backend; for use within other ops."""
     backward = triton_backward if _backend(x) == "triton" else gelu_backward_reference
-    return backward(dy, x, bias, attention, with_output)
+    return backward(dy, x, bias, attention, with_output, reuse_dy)
 
 
 # Ops. The second serves both linears.
@@ -367,7 +385,7 @@ def _backward(
 
 @torch.library.custom_op("opensora_fast::gelu_tanh", mutates_args=())
 def _gelu_tanh(x: Tensor, bias: Tensor | None) -> Tensor:
-    return _forward(_rows(x), bias, None).view(x.shape)
+    return forward_rows(as_rows(x), bias, None).view(x.shape)
 
 
 @_gelu_tanh.register_fake
@@ -377,7 +395,7 @@ def _(x, bias):
 
 @torch.library.custom_op("opensora_fast::gelu_tanh_backward", mutates_args=())
 def _gelu_tanh_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> list[Tensor]:
-    dx, _, dbias = _backward(_rows(dy), _rows(x), bias, None, False)
+    dx, _, dbias = backward_rows(as_rows(dy), as_rows(x), bias, None, with_output=False, reuse_dy=False)
     return [dx.view(x.shape)] if dbias is None else [dx.view(x.shape), dbias]
 
 
@@ -401,7 +419,7 @@ _gelu_tanh.register_autograd(_differentiate_gelu, setup_context=_save_gelu)
 
 @torch.library.custom_op("opensora_fast::gelu_linear", mutates_args=())
 def _gelu_linear(hidden: Tensor, weight: Tensor, bias: Tensor, attention: Tensor | None) -> Tensor:
-    joined = _forward(_rows(hidden), None, None if attention is None else _rows(attention))
+    joined = forward_rows(as_rows(hidden), None, None if attention is None else as_rows(attention))
     return F.linear(joined, weight, bias).view(*hidden.shape[:-1], weight.shape[0])
 
 
@@ -421,18 +439,20 @@ def _gelu_linear_backward(
     needs_bias: bool,
 ) -> list[Tensor]:
     """Those that are needed of dhidden and dattention (if there is one), dweight, dbias."""
-    dy_rows, hidden_rows = _rows(dy), _rows(hidden)
-    attention_rows = None if attention is None else _rows(attention)
+    dy_rows, hidden_rows = as_rows(dy), as_rows(hidden)
+    attention_rows = None if attention is None else as_rows(attention)
     joined, gradients = None, []
     if needs_inputs:
         D = 0 if attention is None else attention.shape[-1]
         d_activated = dy_rows @ weight[:, D:]
-        d_hidden, joined, _ = _backward(d_activated, hidden_rows, None, attention_rows, needs_weight)
+        d_hidden, joined, _ = backward_rows(
+            d_activated, hidden_rows, None, attention_rows, with_output=needs_weight, reuse_dy=True
+        )
         gradients.append(d_hidden.view(hidden.shape))
         if attention is not None:
             gradients.append((dy_rows @ weight[:, :D]).view(attention.shape))
     if needs_weight:
-        joined = _forward(hidden_rows, None, attention_rows) if joined is None else joined
+        joined = forward_rows(hidden_rows, None, attention_rows) if joined is None else joined
         gradients.append(dy_rows.mT @ joined)
     if needs_bias:
         gradients.append(dy_rows.sum(dim=0))

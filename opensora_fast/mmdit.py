@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.kernels.attention import single_rope_attention, split_rope_attention
-from opensora_fast.kernels.gated_residual import gated_residual, gated_residual_modulated_norm_linear
-from opensora_fast.kernels.gelu import attention_gelu_linear, gelu_linear
+from opensora_fast.kernels.gated_linear import gelu_linear_gated_residual
+from opensora_fast.kernels.gated_residual import gated_residual_modulated_norm_linear
 from opensora_fast.kernels.modulated_norm import modulated_norm_linear, modulated_norm_split_linear
 from opensora_fast.positions import rope_cos_sin
 
@@ -237,9 +237,9 @@ class DoubleBlock(nn.Module):
         1  the attention's output               split_rope_attention, proj
         1  its projection, from which the       gated_residual_modulated_norm_linear
            middle residual follows
-        4  the MLP before its activation        gelu_linear
-        1  the MLP's output                     gated_residual
-       11  and the norms' statistics: norm outputs, GELU, q and k are made again in the backward.
+        4  the MLP before its activation        gelu_linear_gated_residual
+       10  and the norms' statistics: norm outputs, GELU, q and k are made again in the backward. Short sequences also
+           keep the MLP's output: 11 (`kernels.gated_linear` says when).
     """
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -303,8 +303,7 @@ class Stream(nn.Module):
             self.mlp_in.bias,
             eps=EPS,
         )
-        branch_BTD = gelu_linear(hidden_BTM, self.mlp_out.weight, self.mlp_out.bias)
-        return gated_residual(x_BTD, branch_BTD, mlp.gate_BD)
+        return gelu_linear_gated_residual(x_BTD, hidden_BTM, self.mlp_out.weight, self.mlp_out.bias, mlp.gate_BD)
 
 
 class SingleBlock(nn.Module):
@@ -314,10 +313,9 @@ class SingleBlock(nn.Module):
 
         1  the block's input                    modulated_norm_split_linear
         3  qkv, from which q and k follow       single_rope_attention
-        4  the MLP before its activation        attention_gelu_linear
-        1  the attention's output               single_rope_attention, attention_gelu_linear
-        1  the joint projection's output        gated_residual
-       10  and the norm's statistics.
+        4  the MLP before its activation        gelu_linear_gated_residual
+        1  the attention's output               single_rope_attention, gelu_linear_gated_residual
+        9  and the norm's statistics. Short sequences also keep the joint projection's output: 10.
     """
 
     def __init__(self, config: MMDiTConfig) -> None:
@@ -348,8 +346,14 @@ class SingleBlock(nn.Module):
         )
         qkv_BS3HK = qkv.unflatten(-1, (3, -1, self.head_dim))
         attention_BSHK = single_rope_attention(qkv_BS3HK, *self.qk_scale, *rope, eps=EPS)
-        branch_BSD = attention_gelu_linear(attention_BSHK.flatten(2), hidden_BSM, self.proj.weight, self.proj.bias)
-        return gated_residual(x_BSD, branch_BSD, modulation.gate_BD)
+        return gelu_linear_gated_residual(
+            x_BSD,
+            hidden_BSM,
+            self.proj.weight,
+            self.proj.bias,
+            modulation.gate_BD,
+            attention_BTA=attention_BSHK.flatten(2),
+        )
 
 
 class FinalLayer(nn.Module):

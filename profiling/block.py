@@ -30,7 +30,7 @@ from opensora_fast.profiling import eager_block
 from opensora_fast.profiling.hardware import H200, Hardware
 
 KINDS = ("double", "single")
-TRITON_OPS = ("modulated_norm", "gated_residual", "qk_norm_rope", "gelu")
+TRITON_OPS = ("modulated_norm", "gated_residual", "gated_linear", "qk_norm_rope", "gelu")
 
 
 @dataclass(frozen=True, kw_only=True)

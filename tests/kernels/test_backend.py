@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from opensora_fast.kernels import backend, pixel_shuffle
-from opensora_fast.kernels.pixel_shuffle import space_to_channel_mean_add
+from opensora_fast.kernels.pixel_shuffle import pixel_unshuffle_mean_add
 
 
 def test_reads_a_list():
@@ -26,7 +26,7 @@ def test_is_obeyed(set_backend, monkeypatch):
     reference = pixel_shuffle.REFERENCES["space_to_channel"]
     monkeypatch.setitem(pixel_shuffle.REFERENCES, "space_to_channel", lambda *a: called.append(1) or reference(*a))
     set_backend("pixel_shuffle:reference")
-    space_to_channel_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.zeros(1, 2, 1, 2, 2))
+    pixel_unshuffle_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.zeros(1, 2, 1, 2, 2), temporal=1)
     assert called
     assert pixel_shuffle.selected((1, 4, 1, 1, 1), torch.float32, "cpu") == (
         "reference",
@@ -34,14 +34,14 @@ def test_is_obeyed(set_backend, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
+@pytest.mark.parametrize("name", ["cuda", "cudnn"])
 def test_raises_where_it_cannot_be_obeyed(set_backend, name):
     set_backend(f"pixel_shuffle:{name}")
     with pytest.raises(ValueError, match=f"pixel_shuffle:{name} .*choose one of reference, host"):
-        space_to_channel_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.zeros(1, 2, 1, 2, 2))
+        pixel_unshuffle_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.zeros(1, 2, 1, 2, 2), temporal=1)
 
 
 def test_raises_for_a_dtype_that_the_backend_lacks(set_backend):
     set_backend("pixel_shuffle:host")
     with pytest.raises(ValueError, match="cannot run: "):
-        space_to_channel_mean_add(torch.zeros(1, 4, 1, 1, 1).double(), torch.zeros(1, 2, 1, 2, 2).double())
+        pixel_unshuffle_mean_add(torch.zeros(1, 4, 1, 1, 1).double(), torch.zeros(1, 2, 1, 2, 2).double(), temporal=1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from opensora_fast.kernels import backend, extension
-from opensora_fast.kernels.pixel_shuffle import space_to_channel_mean_add
+from opensora_fast.kernels.pixel_shuffle import pixel_unshuffle_mean_add
 
 ROOT = Path(__file__).parents[2]
 CALL = dict(
@@ -68,7 +68,7 @@ def test_without_the_module_the_reference_runs_and_the_reason_is_told(monkeypatc
     backend._warn_once.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="pip install"):
-            out = space_to_channel_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.ones(1, 2, 1, 2, 2))
+            out = pixel_unshuffle_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.ones(1, 2, 1, 2, 2), temporal=1)
     finally:
         monkeypatch.undo()
         extension.load.cache_clear()

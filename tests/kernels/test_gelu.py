@@ -202,7 +202,7 @@ def test_layouts(place):
 
 def test_the_hidden_of_a_wider_projection_is_not_copied(place):
     (wide,) = leaves((2, 5, 50), dtype=torch.float32, device=place)
-    assert op._rows(wide[..., 3:40]).data_ptr() == wide[..., 3:].data_ptr()
+    assert op.as_rows(wide[..., 3:40]).data_ptr() == wide[..., 3:].data_ptr()
     attention, weight, bias = leaves((2, 5, 6), (4, 43), (4,), dtype=torch.float32, device=place)
     expected = results(linear, [attention, wide[..., 3:40].detach().clone().requires_grad_(), weight, bias])
     hidden = wide[..., 3:40].detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""The two shortcuts against slices and PyTorch's own unshuffle: every layout, dtype and kind of group, both ways."""
+"""The two shortcuts against slices and PyTorch's unshuffle: every backend, layout, dtype and kind of group."""
 
 import itertools
 import multiprocessing
@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opensora_fast.kernels import pixel_shuffle
-from opensora_fast.kernels.pixel_shuffle import channel_repeat_to_space_add, space_to_channel_mean_add
+from opensora_fast.kernels.pixel_shuffle import pixel_shuffle_repeat_add, pixel_unshuffle_mean_add
 
+OP = "pixel_shuffle"
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last_3d
 
 
@@ -35,10 +36,6 @@ class Sizes:
     def large(self):
         T, H, W = self.THW
         return (self.B, self.C, T * self.rt, H * self.rs, W * self.rs)
-
-    @property
-    def factors(self):
-        return dict(spatial_factor=self.rs, temporal_factor=self.rt)
 
 
 # One for each way that a group can lie among the expanded channels, as the device code tells them apart; then sizes
@@ -83,7 +80,7 @@ def by_slices(main, x, sizes, down):
 
 
 def shortcut(main, x, sizes, down):
-    return (space_to_channel_mean_add if down else channel_repeat_to_space_add)(main, x, **sizes.factors)
+    return (pixel_unshuffle_mean_add if down else pixel_shuffle_repeat_add)(main, x, temporal=sizes.rt)
 
 
 def inputs(sizes, down, dtype, device="cpu", layouts=(CONTIGUOUS, CONTIGUOUS)):
@@ -109,8 +106,8 @@ def test_reference_is_the_formula_of_slices(sizes, down):
 def test_channel_order_is_pixel_unshuffle_of_every_frame():
     x = torch.randn(2, 3, 4, 6, 10)
     frames = F.pixel_unshuffle(x.transpose(1, 2).flatten(0, 1), 2).unflatten(0, (2, 4)).transpose(1, 2)
-    assert torch.equal(space_to_channel_mean_add(torch.zeros_like(frames), x), frames)
-    assert torch.equal(channel_repeat_to_space_add(torch.zeros_like(x), frames), x)
+    assert torch.equal(pixel_unshuffle_mean_add(torch.zeros_like(frames), x, temporal=1), frames)
+    assert torch.equal(pixel_shuffle_repeat_add(torch.zeros_like(x), frames, temporal=1), x)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +127,44 @@ def test_forward_and_gradients(down, sizes, dtype, layouts, device, assert_as_ex
     for name, *tensors in zip(("out", "d_main", "d_x"), ours, same, exact, strict=True):
         assert_as_exact(name, *tensors)
     assert ours[0].is_contiguous(memory_format=layouts[0]) or not main.numel()
+
+
+def each_combination():
+    """Sizes, layouts and dtypes that meet every kind of period; the interpreter takes seconds for what is left out."""
+    for name, sizes in SIZES.items():
+        for layout, dtype in itertools.product((CONTIGUOUS, CHANNELS_LAST), (torch.float32, torch.bfloat16)):
+            known = (
+                name in ("G=1", "temporal-only", "no-shuffle-odd", "long-row", "many-channels")
+                and dtype != torch.float32
+            )
+            if not known and not (name == "many-channels" and layout == CONTIGUOUS):
+                layout_name = "contiguous" if layout == CONTIGUOUS else "channels_last"
+                yield pytest.param(sizes, layout, dtype, id=f"{name}-{layout_name}-{str(dtype).removeprefix('torch.')}")
+
+
+@pytest.mark.parametrize(("sizes", "layout", "dtype"), each_combination())
+@each_function
+def test_every_other_backend(down, sizes, layout, dtype, place, assert_as_exact):
+    main, x = inputs(sizes, down, dtype, place, (layout, layout))
+    grad = torch.randn(main.shape, generator=torch.Generator().manual_seed(1)).to(place, dtype)
+    grad = grad.contiguous(memory_format=layout)
+    found = results(shortcut, main, x, sizes, down, grad)
+    same = results(by_slices, main, x, sizes, down, grad)
+    exact = results(by_slices, *(t.detach().double().requires_grad_() for t in (main, x)), sizes, down, grad.double())
+    for name, *tensors in zip(("out", "d_main", "d_x"), found, same, exact, strict=True):
+        assert_as_exact(name, *tensors)
+    assert found[0].is_contiguous(memory_format=layout) or not main.numel()
+
+
+@each_function
+def test_other_backends_take_strides_and_mixed_layouts(down, place):
+    sizes = SIZES["temporal"]
+    main, x = (tensor.detach() for tensor in inputs(sizes, down, torch.float32, place))
+    expected = shortcut(main, x, sizes, down)
+    strided = [torch.stack([t, t], dim=-1)[..., 0] for t in (main, x)]
+    last = [t.contiguous(memory_format=CHANNELS_LAST) for t in (main, x)]
+    for others in (strided, last, (main, last[1]), (last[0], x)):
+        torch.testing.assert_close(shortcut(*others, sizes, down), expected)
 
 
 @each_dtype
@@ -161,18 +196,19 @@ def test_main_gets_the_gradient_itself():
 
 
 @each_function
-def test_gradients_of_every_order_in_float64(down):
+def test_gradients_of_every_order_in_float64(down, place):
     sizes = Sizes(1, 2, 4, (1, 1, 2), rt=2)
-    main, x = inputs(sizes, down, torch.float64)
-    assert torch.autograd.gradcheck(lambda main, x: shortcut(main, x, sizes, down), (main, x))
-    assert torch.autograd.gradgradcheck(lambda main, x: shortcut(main, x.square(), sizes, down), (main, x))
+    main, x = inputs(sizes, down, torch.float64, place)
+    fast = dict(fast_mode=True)
+    assert torch.autograd.gradcheck(lambda main, x: shortcut(main, x, sizes, down), (main, x), **fast)
+    assert torch.autograd.gradgradcheck(lambda main, x: shortcut(main, x.square(), sizes, down), (main, x), **fast)
 
 
 @pytest.mark.parametrize("with_base", [True, False], ids=["base", "no-base"])
 @each_function
-def test_opcheck(down, with_base):
-    sizes = SIZES["temporal"]
-    main, x = inputs(sizes, down, torch.float32)
+def test_opcheck(down, with_base, place):
+    sizes = Sizes(1, 2, 2, (1, 2, 1), rt=2)
+    main, x = inputs(sizes, down, torch.float32, place)
     op = pixel_shuffle._space_to_channel if down else pixel_shuffle._channel_to_space
     torch.library.opcheck(op, (main if with_base else None, x, main.shape[1], 0.25, sizes.rs, sizes.rt))
 
@@ -192,6 +228,26 @@ def test_compiles_into_one_graph(down, layout, device):
         torch.testing.assert_close(ours, expected)
 
 
+@each_function
+def test_compiles_into_one_node(down, place):
+    sizes = Sizes(1, 2, 2, (1, 2, 1), rt=2)
+    main, x = inputs(sizes, down, torch.float32, place, (CHANNELS_LAST, CHANNELS_LAST))
+    graphs = []
+
+    def aot_eager(graph, example_inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    def loss(main, x):
+        return shortcut(main, x, sizes, down).square().sum()
+
+    torch._dynamo.reset()
+    eager = torch.autograd.grad(loss(main, x), (main, x))
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend=aot_eager)(main, x), (main, x))
+    assert all(torch.equal(*pair) for pair in zip(compiled, eager, strict=True))
+    assert len([node for node in graphs[0].graph.nodes if "opensora_fast" in str(node.target)]) == 1
+
+
 @st.composite
 def any_sizes(draw):
     rs, rt, C = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 8))
@@ -207,34 +263,36 @@ def test_the_two_are_adjoint_and_inverse(sizes, layout, random):
     integers = torch.Generator().manual_seed(random.randrange(2**31))
     x = torch.randint(-8, 9, sizes.large, generator=integers).float().contiguous(memory_format=layout)
     y = torch.randint(-8, 9, sizes.small, generator=integers).float().contiguous(memory_format=layout)
-    mean = space_to_channel_mean_add(torch.zeros_like(y), x, **sizes.factors)
-    repeat = channel_repeat_to_space_add(torch.zeros_like(x), y, **sizes.factors)
+    mean = pixel_unshuffle_mean_add(torch.zeros_like(y), x, temporal=sizes.rt)
+    repeat = pixel_shuffle_repeat_add(torch.zeros_like(x), y, temporal=sizes.rt)
     torch.testing.assert_close((x * repeat).sum(), (mean * sizes.G * y).sum(), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(space_to_channel_mean_add(torch.zeros_like(y), repeat, **sizes.factors), y)
+    torch.testing.assert_close(pixel_unshuffle_mean_add(torch.zeros_like(y), repeat, temporal=sizes.rt), y)
 
 
 @pytest.mark.parametrize(
-    ("main", "x", "factors", "named"),
+    ("main", "x", "temporal", "named"),
     [
-        ((1, 4, 1, 2, 2), (1, 4, 2, 4), {}, "x has 4 dimensions"),
-        ((1, 4, 1, 2, 2), (1, 4, 1, 4, 5), {}, "x has .* 5"),
-        ((2, 4, 1, 2, 2), (1, 4, 1, 4, 4), {}, "x has "),
-        ((1, 5, 1, 2, 2), (1, 4, 1, 4, 4), {}, "main has 5 channels"),
-        ((1, 4, 1, 2, 2), (1, 4, 1, 6, 6), {"spatial_factor": 3}, "spatial_factor is 3"),
-        ((1, 4, 1, 2, 2), (1, 4, 1, 4, 4), {"temporal_factor": 0}, "temporal_factor is 0"),
+        ((1, 4, 1, 2, 2), (1, 4, 2, 4), 1, "x has 4 dimensions"),
+        ((1, 4, 1, 2, 2), (1, 4, 1, 4, 5), 1, "x has .* 5"),
+        ((1, 4, 1, 2, 2), (1, 4, 1, 2, 4), 1, "x has "),
+        ((2, 4, 1, 2, 2), (1, 4, 1, 4, 4), 1, "x has "),
+        ((1, 4, 1, 2, 2), (1, 4, 1, 4, 4), 2, "x has "),
+        ((1, 5, 1, 2, 2), (1, 4, 1, 4, 4), 1, "h has 5 channels"),
+        ((1, 4, 1, 2, 2), (1, 4, 1, 6, 6), 1, "space times 1 or 2"),
+        ((1, 4, 1, 2, 2), (1, 4, 1, 4, 4), 0, "temporal is 0"),
     ],
 )
-def test_outside_of_the_envelope(main, x, factors, named):
+def test_outside_of_the_envelope(main, x, temporal, named):
     with pytest.raises(ValueError, match=named):
-        space_to_channel_mean_add(torch.zeros(main), torch.zeros(x), **factors)
+        pixel_unshuffle_mean_add(torch.zeros(main), torch.zeros(x), temporal=temporal)
 
 
 def test_dtypes_outside_of_the_envelope():
     main, x = torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 4, 4)
-    with pytest.raises(ValueError, match="x must match main's dtype"):
-        space_to_channel_mean_add(main, x.half())
-    with pytest.raises(ValueError, match="main is torch.int64"):
-        channel_repeat_to_space_add(x.long(), main)
+    with pytest.raises(ValueError, match="x must match h's dtype"):
+        pixel_unshuffle_mean_add(main, x.half(), temporal=1)
+    with pytest.raises(ValueError, match="h is torch.int64"):
+        pixel_shuffle_repeat_add(x.long(), main, temporal=1)
 
 
 @pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=["contiguous", "channels_last"])
@@ -279,12 +337,27 @@ def test_the_native_kernel_is_the_default(native):
 
 def test_choose_says_why():
     shape = (1, 4, 1, 4, 4)
-    assert pixel_shuffle.choose(shape, torch.float32, "cuda", {"cuda": "", "reference": ""})[0] == "cuda"
-    assert pixel_shuffle.choose(shape, torch.float32, "cpu", {"host": "not built", "reference": ""}) == (
-        "reference",
-        "not built",
-    )
+    everything = {"cuda": "", "triton": "", "reference": ""}
+    assert pixel_shuffle.choose(shape, torch.float32, "cuda", everything)[0] == "cuda"
+    name, reason = pixel_shuffle.choose(shape, torch.float32, "cuda", everything | {"cuda": "not built"})
+    assert (name, "not built" in reason) == ("triton", True)
+    nothing = {"cuda": "not built", "triton": "not installed", "reference": ""}
+    assert pixel_shuffle.choose(shape, torch.float32, "cuda", nothing) == ("reference", "not built")
+    missing = {"host": "not built", "triton": "", "reference": ""}
+    assert pixel_shuffle.choose(shape, torch.float32, "cpu", missing) == ("reference", "not built")
     assert pixel_shuffle.choose(shape, torch.float32, "mps", {"reference": ""})[1].endswith("for mps tensors")
+
+
+def test_tiles_of_the_released_model():
+    """(G, temporal factor, M) of every shortcut: all are paired, and a tap is 16 bytes of bfloat16 for every thread."""
+    for group, temporal, channels in ((2, 1, 256), (2, 1, 512), (4, 1, 512), (4, 2, 1024), (8, 2, 1024), (2, 1, 1024)):
+        tile = pixel_shuffle.choose_tile(group, 2, temporal, True, 16, channels)
+        assert tile.paired
+        assert tile.rows * tile.block * tile.S * tile.L == 32 * tile.num_warps * 8
+        assert tile.taps * tile.S == 4 * temporal
+    project = pixel_shuffle.choose_tile(8, 1, 1, True, 8, 128)
+    assert (project.paired, project.S, project.L, project.taps) == (True, 1, 8, 1)
+    assert not pixel_shuffle.choose_tile(3, 2, 1, True, 8, 8).paired
 
 
 @each_function

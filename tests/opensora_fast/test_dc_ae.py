@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from opensora_fast.channel_norm import ChannelRMSNorm
+from opensora_fast import dc_ae
 from opensora_fast.config import VideoDCAEConfig, config_from_dict
-from opensora_fast.dc_ae import VideoDCAE, relu_linear_attention
+from opensora_fast.dc_ae import ChannelRMSNorm, VideoDCAE, relu_linear_attention
 from opensora_fast.depthwise_conv import DepthwiseConv3d
 from opensora_fast.errors import UserError
 
@@ -141,6 +141,20 @@ def test_training_reaches_every_parameter_in_either_layout_alike():
     for name, gradient in gradients[0].items():
         assert gradient.abs().max() > 0, name
         assert relative_error(gradients[1][name], gradient) < 1e-3, name
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d], ids=["NCDHW", "NDHWC"])
+def test_padding_ahead_of_a_convolution_changes_nothing(memory_format, monkeypatch):
+    """What a GPU does, on the CPU: the output and every gradient."""
+    found = []
+    for devices in ({"cuda"}, {"cuda", "cpu"}):
+        monkeypatch.setattr(dc_ae, "PADDED_AHEAD", devices)
+        model, video = small_model().to(memory_format=memory_format), small_video(batch=2)
+        reconstruction = model.reconstruct(video)
+        (reconstruction - video).abs().mean().backward()
+        found.append([reconstruction.detach(), *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert relative_error(one, other) < 1e-3
 
 
 def test_fresh_residual_branches_start_near_zero():

@@ -40,10 +40,10 @@ def test_without_the_native_module_tells_how_to_build_it(monkeypatch, capsys):
 
 
 def test_a_backend_that_cannot_run_is_an_error(monkeypatch, capsys):
-    monkeypatch.setenv(backend.VARIABLE, "pixel_shuffle:triton")
+    monkeypatch.setenv(backend.VARIABLE, "pixel_shuffle:cudnn")
     backend.overrides.cache_clear()
     assert doctor.main([]) == 1
-    assert "error: OPENSORA_FAST_BACKEND=pixel_shuffle:triton" in capsys.readouterr().out
+    assert "error: OPENSORA_FAST_BACKEND=pixel_shuffle:cudnn" in capsys.readouterr().out
 
 
 def _op_files():

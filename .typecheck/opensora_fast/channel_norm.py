@@ -1,1 +1,0 @@
-../../opensora_fast/channel_norm.py
