@@ -5,7 +5,7 @@ BIN := .venv/bin
 # The repository's root holds folders called kernels, train and profiling: none of them may be importable by its bare name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: setup demo test test-native test-slow check bench clean
+.PHONY: setup demo test test-native test-slow check bench gpu-suite clean
 
 setup: .venv/installed
 
@@ -33,6 +33,12 @@ check: setup
 
 bench: setup
 	$(BIN)/opensora-fast bench
+
+# On a bare GPU machine: no setup, no git, no network. make gpu-suite OUT=folder [COMMIT=name] [SUITE_ARGS="--device cpu"]
+OUT ?= runs/gpu-suite
+SUITE_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-suite:
+	PYTHONPATH=.typecheck $(SUITE_PYTHON) -m opensora_fast.profiling.suite --out $(OUT) $(if $(COMMIT),--commit "$(COMMIT)") $(SUITE_ARGS)
 
 clean:
 	rm -rf .venv build runs opensora_fast.egg-info opensora_fast/_C*.so

@@ -18,7 +18,10 @@ COMMANDS = {
     "data index": ("opensora_fast.train.index", "probe a folder of videos and images into an index"),
     "train": ("opensora_fast.train.launch", "train a recipe; resumes from the newest good checkpoint of --out"),
     "sample": ("opensora_fast.pipeline", "generate a video or an image from a trained checkpoint"),
-    "bench": ("opensora_fast.profiling.bench", "time the ops against the obvious alternative in one process"),
+    "bench": (
+        "opensora_fast.profiling.bench",
+        "time the ops against their bounds and other ways to do the same; --aot, --report",
+    ),
     "demo": ("opensora_fast.profiling.demo", "train autoencoder and three stages on real clips, sample twice, report"),
     "report": ("opensora_fast.profiling.report", "write one HTML report of finished runs"),
 }

@@ -16,8 +16,19 @@ import torch
 from opensora_fast.arguments import Parser
 from opensora_fast.kernels import extension
 
-# One row per op file of kernels/: a call that the released models make.
-OPS = {"pixel_shuffle": ((1, 128, 16, 128, 128), torch.bfloat16)}
+# One row per op file of kernels/: a call that the released models make, by the tensor that its backend is chosen from.
+OPS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+    "adamw": ((12288, 3072), torch.float32),
+    "attention": ((3, 8960, 24, 128), torch.bfloat16),
+    "flow_mix": ((3, 16, 33, 32, 32), torch.float32),
+    "gated_linear": ((3, 8960, 3072), torch.bfloat16),
+    "gated_residual": ((3, 8960, 3072), torch.bfloat16),
+    "gelu": ((3, 8960, 12288), torch.bfloat16),
+    "modulated_norm": ((3, 8960, 3072), torch.bfloat16),
+    "pixel_shuffle": ((1, 128, 32, 256, 256), torch.bfloat16),
+    "qk_norm_rope": ((3, 8960, 3, 24, 128), torch.bfloat16),
+    "rms_norm_act": ((1, 128, 32, 256, 256), torch.bfloat16),
+}
 DRIVER = Path("/proc/driver/nvidia/version")  # there when the kernel module is loaded
 CSRC = Path(__file__).parents[1] / "csrc"  # there in a checkout
 
@@ -95,38 +106,41 @@ def _extras() -> dict[str, dict[str, Any]]:
     return told
 
 
-def _print(told: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-
-    def section(title: str, rows: list[tuple[str, str]]) -> None:
-        for number, row in enumerate(rows):
-            table.add_row("" if number else title, *row)
-        table.add_row()
-
-    section("versions", [(name, version or "-") for name, version in told["versions"].items()])
-    section("GPU", [(str(index), gpu) for index, gpu in enumerate(told["gpus"])] or [("none", "ops run on the CPU")])
-    section("native module", [(name, str(value)) for name, value in told["native"].items() if value != ""])
-    section(
-        "ops",
-        [
+def _sections(told: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Title -> (name, words), as they are printed."""
+    return {
+        "versions": [(name, version or "-") for name, version in told["versions"].items()],
+        "GPU": [(str(index), gpu) for index, gpu in enumerate(told["gpus"])] or [("none", "ops run on the CPU")],
+        "native module": [(name, str(value)) for name, value in told["native"].items() if value != ""],
+        "ops": [
             (f"{op} ({device})", f"{of['backend']}: {of['reason']}" if "backend" in of else f"error: {of['error']}")
             for op, devices in told["ops"].items()
             for device, of in devices.items()
         ],
-    )
-    section(
-        "extras",
-        [
+        "extras": [
             (extra, f"lacks {', '.join(of['missing'])}: {of['command']}" if of["missing"] else "complete")
             for extra, of in told["extras"].items()
         ],
-    )
+    }
+
+
+def _print(told: dict[str, Any]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("(rich is not installed: plain text)")
+        for title, rows in _sections(told).items():
+            print("\n".join([title, *(f"  {name}: {words}" for name, words in rows), ""]))
+        return
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, rows in _sections(told).items():
+        for number, row in enumerate(rows):
+            table.add_row("" if number else title, *row)
+        table.add_row()
     width = None if sys.stdout.isatty() else 200  # in a file a command should stay on one line
     Console(width=width, highlight=False, markup=False).print(table)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
+import re
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
-PROJECT = Path(__file__).resolve().parents[1]
+from opensora_fast.profiling.commit import commit
+
+DRIVER = Path("/proc/driver/nvidia/version")  # there when the kernel module is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,9 @@ class Machine:
     cpu: str  # model and number of cores
     gpu: str | None
     torch: str
-    commit: str | None  # None outside a git checkout
+    commit: str | None  # None outside a checkout
+    triton: str | None = None
+    driver: str | None = None
 
     def device(self, name: str) -> str:
         """What `loop.device` = auto, cpu or cuda means here, in words that say CPU or GPU."""
@@ -34,8 +38,34 @@ def this_machine() -> Machine:
         cpu=f"{_cpu_model()}, {cores} {'core' if cores == 1 else 'cores'}",
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         torch=torch.__version__,
-        commit=_commit(),
+        commit=commit(),
+        triton=installed("triton"),
+        driver=_driver(),
     )
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def gpu_state() -> dict[str, float]:
+    """Clock in MHz, power in W and temperature in C of the first GPU; empty where NVML cannot tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        return {
+            "clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+        }
+    except Exception:  # no package, no driver, or a call that this driver refuses: a row then has no clock
+        return {}
 
 
 def _cpu_model() -> str:
@@ -45,20 +75,6 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
-    """Short hash, marked when tracked files differ from it; None without git, a checkout or a first commit."""
-    git = shutil.which("git")
-    if git is None or not (PROJECT / ".git").exists():
-        return None
-    words = [
-        git,
-        "-C",
-        str(PROJECT),
-        "describe",
-        "--always",
-        "--dirty=, with local changes",
-        "--abbrev=10",
-        "--exclude=*",
-    ]
-    told = subprocess.run(words, capture_output=True, text=True, check=False)
-    return told.stdout.strip() if told.returncode == 0 else None
+def _driver() -> str | None:
+    found = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.exists() else None
+    return found.group() if found else None

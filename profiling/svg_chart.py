@@ -29,17 +29,23 @@ class Line:
     dots: bool = False
 
 
-def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, height: int, from_zero: bool = False) -> str:
+def line_chart(
+    lines: Sequence[Line], *, x_label: str, y_label: str, height: int, from_zero: bool = False, log_log: bool = False
+) -> str:
     """The chart of at least one line with at least one point each, all finite, as an <svg> element.
 
     The y axis starts at zero where `from_zero` says so. Otherwise it is logarithmic where the values are positive and
     span a ratio of more than `LOG_ABOVE`, and runs between the round numbers around the values where they are not.
+    With `log_log` both axes are logarithmic, and all values must be positive.
     """
     values = [y for line in lines for _, y in line.points]
-    last_x = max(x for line in lines for x, _ in line.points)
-    x_axis = _exact_axis(0, max(last_x, 1), LEFT, WIDTH - RIGHT)
+    across = [x for line in lines for x, _ in line.points]
+    if log_log:
+        x_axis = _log_axis(min(across), max(max(across), 2 * min(across)), LEFT, WIDTH - RIGHT)
+    else:
+        x_axis = _exact_axis(0, max([*across, 1]), LEFT, WIDTH - RIGHT)
     low, high = min(values), max(values)
-    logarithmic = not from_zero and low > 0 and high / low > LOG_ABOVE
+    logarithmic = log_log or (not from_zero and low > 0 and high / low > LOG_ABOVE)
     y_axis = (_log_axis if logarithmic else _round_axis)(0 if from_zero else low, high, height - BOTTOM, TOP)
     marks = [_grid(y_axis), _x_ticks(x_axis, height)]
     marks += [f'<text x="0" y="11">{escape(y_label)}{" (logarithmic)" if logarithmic else ""}</text>']
@@ -115,7 +121,7 @@ def _round_step(low: float, high: float) -> float:
 def _tick_label(value: float) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e4:
         return f"{value:.4g}"
-    if abs(value) >= 1e4:
+    if 1e4 <= abs(value) < 1e8:
         return f"{value / 1000:,.4g}k"
     digits, power = f"{value:.2e}".split("e")
     return f"{float(digits):g}e{int(power)}"

@@ -1,6 +1,8 @@
 """Times several functions against each other in one process: interleaved rounds and percentiles.
 
 Interleaving spreads clock changes and noisy neighbours over all of them, so their ratios hold where their times do not.
+On a GPU each call starts with a cold L2 cache, behind a spin that lasts until its launches are queued: what is timed is
+the GPU's work and not the host's.
 """
 
 import statistics
@@ -12,6 +14,8 @@ import torch
 
 L2_FLUSH_BYTES = 256 << 20  # several times the largest L2 cache (H200: 50 MB)
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+SPIN_CYCLES_PER_SECOND = 2e9  # at least the clock of any GPU of today: a spin is at least as long as asked for
+MAX_SPIN = 0.02  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +41,26 @@ def _on_cpu(function: Callable[[], object]) -> float:
     return seconds
 
 
-def _on_cuda(function: Callable[[], object], flush: torch.Tensor) -> float:
-    """Seconds between two events with a cold L2 cache; the flush also hides the time that the launch takes."""
+def _on_cuda(function: Callable[[], object], flush: torch.Tensor, spin: float) -> float:
+    """Seconds between two events; the GPU flushes its cache and spins while the host queues the work."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    flush.zero_()
+    flush.random_()  # not zeros: they are written faster
+    torch.cuda._sleep(int(spin * SPIN_CYCLES_PER_SECOND))
     begin.record()
     function()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def _host_seconds(function: Callable[[], object]) -> float:
+    """How long the host takes to queue a call, twice over."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    function()
+    seconds = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return min(2 * seconds, MAX_SPIN)
 
 
 def interleaved(
@@ -55,14 +70,16 @@ def interleaved(
 
     The functions must not share outputs, and their inputs should be random: zeros run faster than data.
     """
-    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    cuda = device.type == "cuda"
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device) if cuda else None
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for function in (*functions.values(), *functions.values()):
         function()
+    spins = {name: _host_seconds(function) for name, function in functions.items()} if cuda else {}
     deadline = time.perf_counter() + seconds
     for round_number in range(MAX_ROUNDS):
         if round_number >= MIN_ROUNDS and time.perf_counter() > deadline:
             break
         for name, function in functions.items():
-            taken[name].append(_on_cpu(function) if flush is None else _on_cuda(function, flush))
+            taken[name].append(_on_cpu(function) if flush is None else _on_cuda(function, flush, spins[name]))
     return {name: Timing.of(times) for name, times in taken.items()}
