@@ -200,6 +200,7 @@ def _gelu_linear_gated_residual_backward(
         with_output=True,
         reuse_dy=True,
     )
+    assert activated is not None  # as asked for
     g_BDJ = torch.bmm(dx.mT, activated.view(B, T, weight.shape[1]))
     gate_weight = triton_gate_weight if _backend(dx) == "triton" else gate_weight_reference
     dweight, product = gate_weight(g_BDJ, weight, gate)

@@ -258,8 +258,10 @@ class DoubleBlock(nn.Module):
             modulation = self.modulate(modulation)
         txt_qkv = self.txt.project(txt_BLD, modulation.txt.attention)
         img_qkv = self.img.project(img_BND, modulation.img.attention)
+        (txt_q_scale, txt_k_scale), (img_q_scale, img_k_scale) = self.txt.qk_scale, self.img.qk_scale
+        cos, sin = rope
         txt_attention, img_attention = split_rope_attention(
-            txt_qkv, img_qkv, *self.txt.qk_scale, *self.img.qk_scale, *rope, eps=EPS
+            txt_qkv, img_qkv, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, cos, sin, eps=EPS
         )
         return (
             self.img.update(img_BND, img_attention.flatten(2), modulation.img),
@@ -345,7 +347,8 @@ class SingleBlock(nn.Module):
             eps=EPS,
         )
         qkv_BS3HK = qkv.unflatten(-1, (3, -1, self.head_dim))
-        attention_BSHK = single_rope_attention(qkv_BS3HK, *self.qk_scale, *rope, eps=EPS)
+        (q_scale, k_scale), (cos, sin) = self.qk_scale, rope
+        attention_BSHK = single_rope_attention(qkv_BS3HK, q_scale, k_scale, cos, sin, eps=EPS)
         return gelu_linear_gated_residual(
             x_BSD,
             hidden_BSM,

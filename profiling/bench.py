@@ -115,8 +115,9 @@ class Judge:
         self.allowed = {name: self._allowed(same[name], tensor) for name, tensor in self.exact.items()}
 
     def _allowed(self, same: Tensor, exact: Tensor) -> float:
-        rounding = 4 * torch.finfo(same.dtype).eps * exact.abs().max().item()
-        return 3 * (same.to(torch.float64) - exact).abs().max().item() + rounding
+        # Here a wrong kernel is to be caught; the tests hold the tight bound, at sizes whose sums are short.
+        rounding = 16 * torch.finfo(same.dtype).eps * exact.abs().max().item()
+        return 10 * (same.to(torch.float64) - exact).abs().max().item() + rounding
 
     def wrong(self, function: Callable[..., Outputs]) -> str:
         """What is wrong with a function's results, "" when nothing is."""
@@ -287,6 +288,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--update-budget", action="store_true", help="with --aot: take today's figures as the budget")
     parser.add_argument("--report", type=Path, nargs="+", metavar="ROWS", help="table and picture from these rows")
     parser.add_argument("--html", type=Path, help="with --report: the file to write (ROWS with .html by default)")
+    parser.add_argument("--blocks", action="store_true", help="count what a block keeps, moves and launches; no timing")
     parser.add_argument("--yardstick", action="store_true", help="copy and launch ceilings by CuPy")
     options = parser.parse_args(argv)
     for op in options.op:
@@ -325,6 +327,10 @@ def main(argv: list[str]) -> int:
         from opensora_fast.profiling import aot
 
         return aot.main(ops, update_budget=options.update_budget)
+    if options.blocks:
+        from opensora_fast.profiling import block
+
+        return block.main()
     if options.yardstick:
         from opensora_fast.profiling import yardstick
 

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from opensora_fast.config import MMDiTConfig
+from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
 from opensora_fast.kernels import backend, launch
 from opensora_fast.mmdit import DoubleBlock, Rope, SingleBlock
 from opensora_fast.profiling import eager_block
+from opensora_fast.profiling.console import print_table
 from opensora_fast.profiling.hardware import H200, Hardware
 
 KINDS = ("double", "single")
@@ -48,10 +49,11 @@ class BlockCall:
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     def eager(self) -> Sequence[Tensor]:
-        modulation = self.block.modulate(self.vec_BD)
-        if self.kind == "double":
-            return eager_block.double_block(self.block, *self.inputs, self.rope, modulation)
-        return (eager_block.single_block(self.block, *self.inputs, self.rope, modulation),)
+        if isinstance(self.block, DoubleBlock):
+            img_BND, txt_BLD = self.inputs
+            return eager_block.double_block(self.block, img_BND, txt_BLD, self.rope, self.block.modulate(self.vec_BD))
+        (x_BSD,) = self.inputs
+        return (eager_block.single_block(self.block, x_BSD, self.rope, self.block.modulate(self.vec_BD)),)
 
     @property
     def unit(self) -> int:
@@ -165,20 +167,61 @@ def traffic(forward: Callable[[], Sequence[Tensor]], hardware: Hardware = H200) 
     return counting.total
 
 
-def rows(config: MMDiTConfig, *, batch: int, text: int, video: int) -> Iterator[dict[str, object]]:
-    """kind, form ("fused" or "eager"), saved_units, saved_bytes, moved_bytes, kernels and modelled seconds of each."""
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One block in one form: "fused" is the model's own, "eager" that of `eager_block`."""
+
+    kind: str
+    form: str
+    saved_units: float
+    saved_bytes: int
+    traffic: Traffic
+
+
+def rows(config: MMDiTConfig, *, batch: int, text: int, video: int) -> Iterator[Row]:
+    """Every kind of block in both forms."""
     with FakeTensorMode():
         for kind in KINDS:
             call = block_call(kind, config, batch=batch, text=text, video=video, dtype=torch.bfloat16)
-            for form in ("eager", "fused"):
-                forward = getattr(call, form)
-                saved, total = saved_bytes(call, forward), traffic(forward)
-                yield {
-                    "kind": kind,
-                    "form": form,
-                    "saved_units": saved / call.unit,
-                    "saved_bytes": saved,
-                    "moved_bytes": total.bytes,
-                    "kernels": total.kernels,
-                    "modelled_seconds": total.seconds,
-                }
+            for form, forward in (("eager", call.eager), ("fused", call.fused)):
+                saved = saved_bytes(call, forward)
+                yield Row(
+                    kind=kind,
+                    form=form,
+                    saved_units=saved / call.unit,
+                    saved_bytes=saved,
+                    traffic=traffic(forward),
+                )
+
+
+SHAPES = {  # name -> (batch, text tokens, video tokens)
+    "3 clips of 129 frames at 256px": (3, 512, 8448),
+    "45 images at 256px": (45, 512, 256),
+}
+
+
+def table(config: MMDiTConfig, shape: tuple[int, int, int]) -> list[list[str]]:
+    """The rows of one shape as text: block, kept, moved, kernels, modelled time."""
+    batch, text, video = shape
+    return [
+        [
+            f"{row.kind}, {row.form}",
+            f"{row.saved_units:.1f} U, {row.saved_bytes / 1e9:.2f} GB",
+            f"{row.traffic.bytes / 1e9:.1f} GB",
+            str(row.traffic.kernels),
+            f"{row.traffic.seconds * 1e3:.1f} ms",
+        ]
+        for row in rows(config, batch=batch, text=text, video=video)
+    ]
+
+
+def main() -> int:
+    """Print both shapes' tables for the 11.9B model; returns 0."""
+    for name, shape in SHAPES.items():
+        print_table(
+            ("block", "kept for the backward", "moved", "kernels", f"modelled on an {H200.name}"),
+            table(MMDIT_PRESETS["open-sora-v2"], shape),
+            title=f"{name}; nothing was run",
+            left=("block",),
+        )
+    return 0

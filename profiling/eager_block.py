@@ -61,7 +61,8 @@ def _rope_attention(streams_qkv: Sequence[Tensor], qk_scales: Sequence[Tensor], 
     normed = [_qk_norm(qkv[:, :, :2], scale_2K) for qkv, scale_2K in zip(streams_qkv, qk_scales, strict=True)]
     q_BSHK, k_BSHK = rotate(torch.cat(normed, dim=1), rope).to(streams_qkv[0].dtype).unbind(2)
     v_BSHK = torch.cat([qkv[:, :, 2] for qkv in streams_qkv], dim=1)
-    attention_BHSK = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK)))
+    q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+    attention_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK)
     return attention_BHSK.transpose(1, 2).flatten(2)
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from opensora_fast.config import MMDIT_PRESETS
+from opensora_fast.profiling.block import SHAPES, table
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -69,3 +72,9 @@ def test_figures_are_rows_of_the_ledger(dtype: str, row: str) -> None:
     assert float(figures[2]) == pytest.approx(seconds["eager"] / seconds["host"], abs=0.5)
     assert float(figures[3]) == pytest.approx(seconds["host"] / seconds["copy"], abs=0.05)
     assert device in line
+
+
+def test_the_table_of_blocks_is_what_is_counted() -> None:
+    (shape, *_) = SHAPES.values()
+    for row in table(MMDIT_PRESETS["open-sora-v2"], shape):
+        assert f"| {' | '.join(row)} |" in README
