@@ -246,11 +246,11 @@ def triton_step(group: Group, options: Options) -> None:
             BLOCK=tile.block,
         )
     if group.counts is not None:  # after all that read them
-        finite = torch.ones((), device=group.masters[0].device)
-        for scalar in (options.gradient_norm, options.gradient_scale):
-            if scalar is not None:
-                finite = finite * scalar.isfinite()
-        torch._foreach_add_(list(group.counts), [finite] * len(group.counts))
+        one = torch.ones((), device=group.masters[0].device)
+        scale = one if options.gradient_scale is None else options.gradient_scale
+        norm = scale if options.gradient_norm is None else options.gradient_norm * scale
+        proceeds = (norm.isfinite() & scale.isfinite()).float().view(())
+        torch._foreach_add_(list(group.counts), [proceeds] * len(group.counts))
 
 
 def native_step(group: Group, options: Options) -> None:

@@ -15,7 +15,7 @@ Shapes      B batch, T tokens of a stream, S tokens of all, H heads, K channels 
 Numerics    q, k, v and out in the dtype of qkv, softmax and sums in float32 (float64 for float64).
 Envelope    that of `qk_norm_rope`; cuDNN further wants bfloat16 or float16 and K a multiple of 8, at most 128.
 Saved       every stream's qkv, the scales, the tables, out and lse: 4 U (U = one [B, S, H * K] tensor), where keeping
-            q, k and v as well would be 6 U of a double block and 6 of a single one. The price is one more pass of norm
+            q, k and v as well would be 7 U of a double block and 6 of a single one. The price is one more pass of norm
             and rotation, 2 % of the attention's time at 8,960 tokens (modelled, not measured).
 Determinism as the backend's: the CPU one is bitwise repeatable.
 Source      Open-Sora 2.0 (arXiv 2503.09642, section 3.2); FlashAttention-2 (arXiv 2307.08691) for the backward.
@@ -67,9 +67,13 @@ def missing_backends(shape: Sequence[int], dtype: torch.dtype, device_type: str)
     """The backends for q of `shape` [B, S, H, K], each with why it cannot run; an empty reason means that it can."""
     if device_type == "cpu":
         return {"reference": "", "cpu_flash": ""}
+    if device_type != "cuda":
+        return {"reference": ""}
     K = shape[-1]
     cudnn = ""
-    if dtype not in CUDNN_DTYPES:
+    if not torch.backends.cudnn.is_available():
+        cudnn = "this PyTorch has no cuDNN"
+    elif dtype not in CUDNN_DTYPES:
         cudnn = f"cuDNN attention takes bfloat16 and float16, not {dtype}"
     elif K % 8 or K > CUDNN_MAX_HEAD_DIM:
         cudnn = f"cuDNN attention takes heads of a multiple of 8 channels up to {CUDNN_MAX_HEAD_DIM}, not {K}"
@@ -80,6 +84,8 @@ def choose(shape: Sequence[int], dtype: torch.dtype, device_type: str, missing: 
     """(backend, reason); pure. cuDNN by name: PyTorch's own order would take a kernel half as fast on Hopper."""
     if device_type == "cpu":
         return "cpu_flash", "CPU tensors: PyTorch's tiled attention, which returns the log-sum-exp"
+    if device_type != "cuda":
+        return "reference", f"there is no attention kernel for {device_type} tensors"
     if missing["cudnn"]:
         return "reference", missing["cudnn"]
     return "cudnn", "fastest published forward and backward on H200; not yet measured here"
@@ -102,7 +108,7 @@ def _backend(q_BSHK: Tensor) -> str:
 
 def _forward(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
     name = _backend(q_BSHK)
-    if name == "reference":
+    if name == "reference" or not q_BSHK.numel():  # the libraries fail on what is empty
         return attention_reference(q_BSHK, k_BSHK, v_BSHK)
     q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
     if name == "cpu_flash":
@@ -116,8 +122,10 @@ def _backward(
     dout_BSHK: Tensor, q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor, out_BSHK: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     name = _backend(q_BSHK)
-    if name == "reference":
+    if name == "reference" or not q_BSHK.numel():
         return attention_backward_reference(dout_BSHK, q_BSHK, k_BSHK, v_BSHK, out_BSHK)
+    # cuDNN's plans are cached by the strides of q, k and v: dout may only have the one layout.
+    dout_BSHK = dout_BSHK.contiguous()
     dout, q, k, v, out = (x.transpose(1, 2) for x in (dout_BSHK, q_BSHK, k_BSHK, v_BSHK, out_BSHK))
     if name == "cpu_flash":
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -162,7 +170,7 @@ def _rope_attention(
 def _(streams, scales, cos, sin, eps, split):
     B, _, _, H, K = streams[0].shape
     q_BSHK = streams[0].new_empty(B, sum(stream.shape[1] for stream in streams), H, K)
-    if _backend(q_BSHK) == "reference":
+    if _backend(q_BSHK) == "reference" or not q_BSHK.numel():
         wide = torch.promote_types(q_BSHK.dtype, torch.float32)
         out_BSHK, lse = torch.empty_like(q_BSHK), q_BSHK.new_empty(B, H, q_BSHK.shape[1], dtype=wide)
     else:

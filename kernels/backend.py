@@ -5,12 +5,12 @@ Within `forced(...)` it is what the caller says.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 VARIABLE = "OPENSORA_FAST_BACKEND"
 NAMES = ("reference", "host", "cuda", "triton", "gluon", "cudnn", "flash", "cpu_flash")
@@ -23,10 +23,20 @@ def parse_overrides(text: str) -> dict[str, str]:
         op, _, name = part.partition(":")
         if name not in NAMES:
             raise ValueError(f"{VARIABLE}: {part!r} is not op:name; the names are {', '.join(NAMES)}")
-        if not op.isidentifier() or importlib.util.find_spec(f"opensora_fast.kernels.{op}") is None:
+        if not _is_op(op):
             raise ValueError(f"{VARIABLE}: {op!r} in {part!r} is no op; an op is a file of opensora_fast/kernels")
         overrides[op] = name
     return overrides
+
+
+def _is_op(name: str) -> bool:
+    """Whether it is a file of this folder with backends to choose between."""
+    module = f"opensora_fast.kernels.{name}"
+    return (
+        name.isidentifier()
+        and importlib.util.find_spec(module) is not None
+        and hasattr(importlib.import_module(module), "choose")
+    )
 
 
 @functools.cache
@@ -35,17 +45,17 @@ def overrides() -> dict[str, str]:
     return parse_overrides(os.environ.get(VARIABLE, ""))
 
 
-_forced: ContextVar[Mapping[str, str] | None] = ContextVar("_forced", default=None)
+_forced: list[Mapping[str, str]] = []  # of the process: the backward of a GPU runs in a thread of autograd's own
 
 
 @contextmanager
 def forced(names: Mapping[str, str]) -> Iterator[None]:
     """Within, every op in `names` runs on the backend that it names there, or raises ValueError where it cannot."""
-    token = _forced.set(names)
+    _forced.append(names)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.pop()
 
 
 def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tuple[str, str]:
@@ -54,7 +64,7 @@ def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tupl
     missing: backend -> why it cannot run on this device and dtype, empty when it can. Raises ValueError when the
     override is not among the backends of this device or cannot run.
     """
-    if name := (_forced.get() or {}).get(op):
+    if name := next((names[op] for names in reversed(_forced) if op in names), None):
         setting = f"forced {op}:{name}"
     elif name := overrides().get(op):
         setting = f"{VARIABLE}={op}:{name}"

@@ -254,9 +254,10 @@ def _save(ctx, inputs, output):
     _, _, with_gradient = inputs
     if with_gradient:
         ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _velocity_loss_backward(ctx, d_loss, d_gradient):
+def _velocity_loss_backward(ctx, d_loss, _):
     (gradient,) = ctx.saved_tensors
     return gradient * d_loss.to(gradient.dtype), None, None
 

@@ -36,6 +36,7 @@ from opensora_fast.kernels.cost import Cost
 from opensora_fast.kernels.gated_residual import gated_residual
 from opensora_fast.kernels.gelu import as_rows, attention_gelu_linear, gelu_linear
 from opensora_fast.kernels.launch import jit, tl
+from opensora_fast.kernels.modulated_norm import check_alike, check_envelope
 
 LONG_TOKENS = 4096  # from where G costs less than 5 % of the products; modelled, not yet measured on a GPU
 MAX_ITEMS = 8  # items that one pass over W sums
@@ -51,6 +52,17 @@ def drops_branch(batch: int, tokens: int) -> tuple[bool, str]:
 
 
 # Reference.
+
+
+def gelu_linear_gated_residual_reference(
+    x_BTD: Tensor, hidden_BTM: Tensor, weight_DJ: Tensor, bias_D: Tensor, gate_BD: Tensor, attention_BTA: Tensor | None
+) -> Tensor:
+    """The whole step in float32 (float64 for float64), rounded once; its autograd is the oracle."""
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    x, hidden, weight, bias, gate = (tensor.to(wide) for tensor in (x_BTD, hidden_BTM, weight_DJ, bias_D, gate_BD))
+    activated = F.gelu(hidden, approximate="tanh")
+    joined = activated if attention_BTA is None else torch.cat((attention_BTA.to(wide), activated), dim=-1)
+    return (x + gate[:, None] * F.linear(joined, weight, bias)).to(x_BTD.dtype)
 
 
 def gate_weight_reference(g_BDJ: Tensor, weight_DJ: Tensor, gate_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,7 +85,7 @@ class Tile:
 
 def choose_tile(columns: int, element_bytes: int) -> Tile:
     """16 bytes a thread and tensor; 3,072 rows are programs enough. Modelled, not yet measured on a GPU."""
-    return Tile(block=min(4 * 32 * 16 // element_bytes, 1 << max(columns - 1, 0).bit_length()), num_warps=4)
+    return Tile(block=min(4 * 32 * 16 // element_bytes, launch.power_of_two(columns)), num_warps=4)
 
 
 # Choice of the implementation.
@@ -250,32 +262,26 @@ def gelu_linear_gated_residual(
     dtype of float32, bfloat16, float16 and float64, one device. Returns [B, T, D]. Differentiable in all. ValueError
     names the argument that is outside of this.
     """
-    drop, _ = drops_branch(*x_BTD.shape[:2])
-    if not drop:
-        linear_inputs = (hidden_BTM, weight_DJ, bias_D)
-        if attention_BTA is None:
-            branch_BTD = gelu_linear(*linear_inputs)
-        else:
-            branch_BTD = attention_gelu_linear(attention_BTA, *linear_inputs)
-        return gated_residual(x_BTD, branch_BTD, gate_BD)
+    check_envelope({"x": x_BTD}, {"gate": gate_BD})
     B, T, D = x_BTD.shape
-    A = 0 if attention_BTA is None else attention_BTA.shape[-1]
-    expected = {
-        "hidden": (hidden_BTM, (B, T, weight_DJ.shape[-1] - A)),
-        "weight": (weight_DJ, (D, A + hidden_BTM.shape[-1])),
-        "bias": (bias_D, (D,)),
-        "gate": (gate_BD, (B, D)),
-        "attention": (attention_BTA, (B, T, A)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
+    widths = {"hidden": hidden_BTM} if attention_BTA is None else {"hidden": hidden_BTM, "attention": attention_BTA}
+    for name, tensor in widths.items():
+        if tensor.dim() != 3 or tensor.shape[:2] != (B, T):
+            raise ValueError(f"{name} is {list(tensor.shape)}; with x {[B, T, D]} it must be [{B}, {T}, channels]")
+        check_alike(name, tensor, "x", x_BTD)
+    J = sum(tensor.shape[2] for tensor in widths.values())
+    for name, tensor, shape in (("weight", weight_DJ, (D, J)), ("bias", bias_D, (D,))):
         if tensor.shape != shape:
-            raise ValueError(f"{name} is {list(tensor.shape)}; with x {[B, T, D]} it must be {list(shape)}")
-        if tensor.dtype != x_BTD.dtype or tensor.device != x_BTD.device:
             raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}; cast it to x's {x_BTD.dtype} on {x_BTD.device}"
+                f"{name} is {list(tensor.shape)}; with x and {' and '.join(widths)} it must be {list(shape)}"
             )
+        check_alike(name, tensor, "x", x_BTD)
+    if not drops_branch(B, T)[0]:
+        if attention_BTA is None:
+            branch_BTD = gelu_linear(hidden_BTM, weight_DJ, bias_D)
+        else:
+            branch_BTD = attention_gelu_linear(attention_BTA, hidden_BTM, weight_DJ, bias_D)
+        return gated_residual(x_BTD, branch_BTD, gate_BD)
     return _gelu_linear_gated_residual(x_BTD, hidden_BTM, weight_DJ, bias_D, gate_BD, attention_BTA)
 
 

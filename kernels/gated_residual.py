@@ -58,6 +58,7 @@ from opensora_fast.kernels.modulated_norm import (
     pieces,
     row_statistics,
     run_of_rows,
+    stages,
     statistics_like,
     store_row,
     sum_partials,
@@ -316,7 +317,7 @@ def triton_gated_residual_forward(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     """x_new."""
     x, h, gate = (with_contiguous_rows(tensor) for tensor in (x, h, gate))
     x_new = contiguous_like(x)
-    tile = choose_tile(x.shape, FORWARD_WARPS, stages=2, max_rows=MAX_FORWARD_ROWS)
+    tile = choose_tile(x.shape, FORWARD_WARPS, stages=stages(x, 2), max_rows=MAX_FORWARD_ROWS)
     launch.launch(
         _residual_forward_kernel,
         (len(x) * tile.programs,),
@@ -335,7 +336,7 @@ def triton_gated_residual_backward(dx: Tensor, h: Tensor, gate: Tensor) -> tuple
     dx, h, gate = (with_contiguous_rows(tensor) for tensor in (dx, h, gate))
     B, _, D = h.shape
     dh = contiguous_like(h)
-    tile = choose_tile(h.shape, BACKWARD_WARPS, stages=3, min_rows=MIN_BACKWARD_ROWS)
+    tile = choose_tile(h.shape, BACKWARD_WARPS, stages=stages(h, 3), min_rows=MIN_BACKWARD_ROWS)
     wide = torch.promote_types(h.dtype, torch.float32)
     partial = torch.empty((B, tile.programs, 1, D), dtype=wide, device=h.device)
     launch.launch(
@@ -359,7 +360,7 @@ def triton_gated_residual_modulated_norm_forward(
     """(x_new, y, mean, rstd)."""
     x, h, gate, shift, scale = (with_contiguous_rows(tensor) for tensor in (x, h, gate, shift, scale))
     x_new, y, (mean, rstd) = contiguous_like(x), contiguous_like(x), statistics_like(x)
-    tile = choose_tile(x.shape, PAIR_FORWARD_WARPS, stages=2, max_rows=MAX_FORWARD_ROWS)
+    tile = choose_tile(x.shape, PAIR_FORWARD_WARPS, stages=stages(x, 2), max_rows=MAX_FORWARD_ROWS)
     launch.launch(
         _pair_forward_kernel,
         (len(x) * tile.programs,),
@@ -418,7 +419,7 @@ def _triton_pair_backward(
     B, _, D = x.shape
     dx, dh = contiguous_like(x), contiguous_like(x)
     y = contiguous_like(x) if with_y else dx
-    tile = choose_tile(x.shape, PAIR_BACKWARD_WARPS, stages=2, min_rows=MIN_BACKWARD_ROWS)
+    tile = choose_tile(x.shape, PAIR_BACKWARD_WARPS, stages=stages(x, 2), min_rows=MIN_BACKWARD_ROWS)
     partial = torch.empty((B, tile.programs, 3, D), dtype=mean.dtype, device=x.device)
     launch.launch(
         _pair_backward_kernel,

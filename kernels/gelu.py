@@ -97,7 +97,7 @@ def choose_tile(columns: int, element_bytes: int, sums: bool) -> Tile:
     """
     num_warps = 4
     elements = num_warps * 32 * 2 * 16 // element_bytes
-    block = min(1024, elements, 1 << max(columns - 1, 0).bit_length())
+    block = min(1024, elements, launch.power_of_two(columns))
     return Tile(rows=elements // block, columns=block, num_warps=num_warps, steps=32 if sums else 1)
 
 

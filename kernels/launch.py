@@ -40,6 +40,11 @@ if INTERPRETED and triton is not None:
     interpreter.convert_bfloat16_as_hardware_does()
 
 
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`, at least 1: what a block of a kernel may be long."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
     """One recorded launch: `arguments` are the kernel's own by name, tensors on any device, meta included."""

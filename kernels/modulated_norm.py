@@ -138,16 +138,16 @@ def choose_tile(
     """
     B, T, D = shape
     num_warps = next(count for count in (1, 2, 4, 8, 16) if 3 * 256 * count >= D)
-    block = min(256 * num_warps, power_of_two(D))
+    block = min(256 * num_warps, launch.power_of_two(D))
     item_programs = max(1, SMS * warps // num_warps // max(1, B))
     rows = max(min_rows, math.ceil(T / item_programs))
     rows = rows if max_rows is None else min(rows, max_rows)
     return Tile(block=block, num_warps=num_warps, rows=rows, programs=math.ceil(T / rows), stages=stages)
 
 
-def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << max(0, size - 1).bit_length()
+def stages(x: Tensor, wanted: int) -> int:
+    """`wanted`, or none under way in float64, which is for checking gradients: its rows would not fit shared memory."""
+    return 1 if x.dtype == torch.float64 else wanted
 
 
 # Choice of the implementation.
@@ -357,7 +357,7 @@ def sum_partials(partial_BPND: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The sums over P, one tensor [B, D] for each n < N <= 3."""
     B, P, N, D = partial_BPND.shape
     outs = [torch.empty((B, D), dtype=dtype, device=partial_BPND.device) for _ in range(N)]
-    rows = min(SUM_ROWS, max(8, power_of_two(P)))
+    rows = min(SUM_ROWS, max(8, launch.power_of_two(P)))
     launch.launch(
         _sum_partials_kernel,
         (B * math.ceil(D / SUM_COLUMNS), N),
@@ -381,7 +381,7 @@ def triton_forward(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple
     x, shift, scale = (with_contiguous_rows(tensor) for tensor in (x, shift, scale))
     B, T, D = x.shape
     y, (mean, rstd) = contiguous_like(x), statistics_like(x)
-    tile = choose_tile(x.shape, FORWARD_WARPS, stages=2, max_rows=MAX_FORWARD_ROWS)
+    tile = choose_tile(x.shape, FORWARD_WARPS, stages=stages(x, 2), max_rows=MAX_FORWARD_ROWS)
     launch.launch(
         _forward_kernel,
         (B * tile.programs,),
@@ -428,7 +428,7 @@ def _triton_backward(
     B, T, D = x.shape
     dx = contiguous_like(x)
     y = contiguous_like(x) if with_y else dx
-    tile = choose_tile(x.shape, BACKWARD_WARPS, stages=3, min_rows=MIN_BACKWARD_ROWS)
+    tile = choose_tile(x.shape, BACKWARD_WARPS, stages=stages(x, 3), min_rows=MIN_BACKWARD_ROWS)
     partial = torch.empty((B, tile.programs, 2, D), dtype=mean.dtype, device=x.device)
     launch.launch(
         _backward_kernel,

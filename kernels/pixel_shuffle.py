@@ -125,14 +125,9 @@ def choose_tile(
     elif channels_last and group % positions == 0 and group // positions in (1, 2, 4, 8, MAX_RUN):
         paired, L, taps = True, group // positions, positions
     elements = TILE_ELEMENTS * (2 if taps == 1 else 1)
-    block = min(_power_of_2(line // S), elements // (S * L))
-    rows = min(_power_of_2(lines), elements // (S * L * block))
+    block = min(launch.power_of_two(line // S), elements // (S * L))
+    rows = min(launch.power_of_two(lines), elements // (S * L * block))
     return Tile(paired, S, L, taps, rows, block)
-
-
-def _power_of_2(size: int) -> int:
-    """The next power of two."""
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def missing_backends(dtype: torch.dtype, device_type: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ Shapes      B batch; T tokens of a stream; S tokens of all streams, in their ord
             over heads sends to rank g.
 Numerics    float32, bfloat16, float16 in and out; the tables and all arithmetic in float32, rounded once at the end.
             float64 computes in float64 and has float64 tables.
-Envelope    K even, 32 to 256, a power of two or not; G divides H; scales and qkv of one dtype, all on one device. qkv
+Envelope    K even, 2 to 256, a power of two or not; G divides H; scales and qkv of one dtype, all on one device. qkv
             has any strides with contiguous channels: a slice of a wider projection is not copied. The tables have any
             batch and token stride. Gradients whose strides differ, or whose channels lie apart, are copied first.
 Traffic     elements of [B, S, H, K]: forward q, k (and v) read and written; backward q, k and their gradients (and
@@ -223,15 +223,11 @@ def choose_tile(tokens: int, heads_per_group: int, K: int, element_bytes: int) -
     two, where that covers all tokens of the stream.
     """
     num_warps = 4
-    block_k2 = _power_of_two_from(K // 2)
+    block_k2 = launch.power_of_two(K // 2)
     rows = max(1, num_warps * 32 * 16 // element_bytes // block_k2)
     heads = min(heads_per_group & -heads_per_group, rows, 8)
-    steps = min(8, _power_of_two_from(-(-tokens // (rows // heads))))
+    steps = min(8, launch.power_of_two(-(-tokens // (rows // heads))))
     return Tile(tokens=rows // heads, heads=heads, block_k2=block_k2, num_warps=num_warps, steps=steps)
-
-
-def _power_of_two_from(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
 
 
 # Choice of the implementation.

@@ -176,7 +176,7 @@ SILU_BLOCK = 2048
 
 def choose_tile(channels: int, *, backward: bool) -> Tile:
     """Pure. As many tokens as fit; many channels take more warps rather than more registers."""
-    block_c = 1 << max(channels - 1, 0).bit_length()
+    block_c = launch.power_of_two(channels)
     elements = BACKWARD_ELEMENTS if backward else FORWARD_ELEMENTS
     return Tile(max(elements // block_c, 1), block_c, 4 * max(block_c // elements, 1))
 

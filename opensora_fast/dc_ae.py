@@ -15,6 +15,7 @@ Runs in either memory format, that of its weights: `model.to(memory_format=torch
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +50,18 @@ def silu_conv(x_BCTHW: Tensor, conv: nn.Conv3d) -> Tensor:
     Not on the CPU, whose convolutions pad for nothing: there (2, 16, 8, 48, 80), forward and backward, would take 24.5
     instead of 20.8 ms on one core of an AMD EPYC (Zen 4). Not yet measured on a GPU.
     """
-    pad = int(conv.padding[0])
-    if not pad or x_BCTHW.device.type not in PADDED_AHEAD:
-        return conv(F.silu(x_BCTHW))
-    return F.conv3d(silu_pad(x_BCTHW, pad=pad), conv.weight, conv.bias, conv.stride, groups=conv.groups)
+    pad = pad_ahead(x_BCTHW, conv)
+    return unpadded(conv, silu_pad(x_BCTHW, pad=pad)) if pad else conv(F.silu(x_BCTHW))
+
+
+def pad_ahead(x_BCTHW: Tensor, conv: nn.Conv3d) -> int:
+    """The zeros on each side that the op before the convolution should write; 0 leaves them to the convolution."""
+    return int(conv.padding[0]) if x_BCTHW.device.type in PADDED_AHEAD else 0
+
+
+def unpadded(conv: nn.Conv3d, x_BCTHW: Tensor) -> Tensor:
+    """The convolution of an x that already has its padding."""
+    return F.conv3d(x_BCTHW, conv.weight, conv.bias, conv.stride, groups=conv.groups)
 
 
 class ChannelRMSNorm(nn.Module):
@@ -68,10 +77,10 @@ class ChannelRMSNorm(nn.Module):
         self.eps = eps
         self.act = act
 
-    def forward(self, x_BCTHW: Tensor, residual_BCTHW: Tensor | None = None) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, residual_BCTHW: Tensor | None = None, *, pad: int = 0) -> Tensor:
         weight_C, bias_C = self.weight.to(x_BCTHW.dtype), self.bias.to(x_BCTHW.dtype)
         residual_BCTHW = None if residual_BCTHW is None else residual_BCTHW.to(x_BCTHW.dtype)
-        return channel_rms_norm(x_BCTHW, weight_C, bias_C, residual=residual_BCTHW, eps=self.eps, act=self.act)
+        return channel_rms_norm(x_BCTHW, weight_C, bias_C, residual=residual_BCTHW, eps=self.eps, act=self.act, pad=pad)
 
 
 class Conv(nn.Module):
@@ -99,6 +108,16 @@ class OpList(nn.Module):
         for module in self.op_list:
             x_BCTHW = module(x_BCTHW)
         return x_BCTHW
+
+
+class NormedOutput(OpList):
+    """Norm with its activation, nothing, convolution: the norm writes the zeros around what the convolution reads."""
+
+    def forward(self, x_BCTHW: Tensor) -> Tensor:
+        norm, _, output = self.op_list
+        conv = cast(nn.Conv3d, output.conv)
+        pad = pad_ahead(x_BCTHW, conv)
+        return unpadded(conv, norm(x_BCTHW, pad=pad)) if pad else conv(norm(x_BCTHW))
 
 
 class Residual(nn.Module):
@@ -202,7 +221,8 @@ class Shortcut(nn.Module):
         self.temporal = temporal
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return self.join(self.main(x_BCTHW), x_BCTHW, temporal=temporal_factor(x_BCTHW, self.temporal))
+        h_BCTHW = self.main(x_BCTHW)  # under autocast narrower than x
+        return self.join(h_BCTHW, x_BCTHW.to(h_BCTHW.dtype), temporal=temporal_factor(x_BCTHW, self.temporal))
 
 
 def memory_format(x_BCTHW: Tensor) -> torch.memory_format:
@@ -284,7 +304,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(stages)
         # The identity has the released number of the ReLU, which the norm's pass contains.
         norm, conv = ChannelRMSNorm(widths[0], act="relu"), Conv(conv3d(widths[0], config.in_channels))
-        self.project_out = OpList(norm, nn.Identity(), conv)
+        self.project_out = NormedOutput(norm, nn.Identity(), conv)
 
     def forward(self, x_BCTHW: Tensor) -> Tensor:
         x_BCTHW = self.project_in(x_BCTHW)

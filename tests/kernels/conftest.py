@@ -15,7 +15,7 @@ with torch.device("cpu"):
 
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
-    """torch.empty gives NaN, so that an element that a kernel forgets to write shows."""
+    """torch.empty and its kin give NaN, so that an element that a kernel forgets to write shows."""
 
     def poisoned(original):
         @functools.wraps(original)
@@ -25,8 +25,8 @@ def poisoned_empty(monkeypatch):
 
         return allocate
 
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

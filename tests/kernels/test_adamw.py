@@ -122,6 +122,13 @@ def test_a_step_that_is_not_finite_changes_nothing(place, spoilt, value):
             assert torch.equal(old.nan_to_num(), new.nan_to_num()), name
 
 
+def test_a_norm_that_overflows_when_unscaled_counts_no_update(place):
+    lists = _tensors(place, torch.bfloat16, torch.bfloat16, [(1030,), (3,)])
+    counts, huge = torch.tensor([3.0, 4.0], device=place), torch.tensor(1e30, device=place)
+    adamw_step(**lists, **HYPER, step=counts, max_norm=1.0, ema_decay=0.9, gradient_norm=huge, gradient_scale=huge)
+    assert counts.tolist() == [3.0, 4.0]
+
+
 def test_a_norm_below_its_limit_does_not_scale(place):
     clipped = _tensors(place, None, torch.float32)
     free = _copied(clipped)

@@ -131,7 +131,27 @@ def test_order_of_keys_does_not_matter():
     torch.testing.assert_close(shuffled, out[:, order])
 
 
-def test_choose_says_why():
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)], ids=["no-tokens", "no-items"])
+def test_nothing_in_gives_nothing_out(shape):
+    qkv = torch.zeros(*shape, 3, H, K, requires_grad=True)
+    scale, table = torch.ones(K, requires_grad=True), torch.zeros(*shape, K // 2)
+    out = single_rope_attention(qkv, scale, scale, table, table)
+    assert out.shape == (*shape, H, K)
+    out.sum().backward()
+    assert not scale.grad.any()
+
+
+def test_gradients_of_any_layout_are_taken():
+    leaves, tables = inputs((3, 7), torch.float32)
+    out = fused(leaves, tables)
+    grad = torch.randn(out.shape)
+    transposed = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    both = [torch.autograd.grad(out, leaves, one, retain_graph=True) for one in (grad, transposed)]
+    assert all(map(torch.equal, *both))
+
+
+def test_choose_says_why(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     shape = (1, 8, 2, 128)
     assert attention.selected(shape, torch.bfloat16, "cpu")[0] == "cpu_flash"
     missing = attention.missing_backends(shape, torch.bfloat16, "cuda")
@@ -141,6 +161,8 @@ def test_choose_says_why():
         name, reason = attention.choose(other, dtype, "cuda", missing)
         assert name == "reference"
         assert named in reason
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert "cuDNN" in attention.missing_backends(shape, torch.bfloat16, "cuda")["cudnn"]
 
 
 @pytest.mark.gpu
@@ -167,6 +189,16 @@ def test_cudnn_on_the_gpu(lengths, assert_as_exact):
             results[key] = out, *torch.autograd.grad(out, leaves, grad)
     for number, tensors in enumerate(zip(*results.values(), strict=True)):
         assert_as_exact(f"result {number}", *tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_opcheck_on_the_gpu():
+    K = 64
+    qkv, scale = torch.randn(1, 128, 3, 2, K), torch.ones(K)
+    tensors = [x.to("cuda", torch.bfloat16).requires_grad_() for x in (qkv, scale, scale)]
+    table = torch.zeros(1, 128, K // 2, device="cuda")
+    torch.library.opcheck(attention._rope_attention, (tensors[:1], tensors[1:], table, table, 1e-6, False))
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])

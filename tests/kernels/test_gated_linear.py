@@ -128,13 +128,23 @@ def test_long_sequences_in_small_batches_drop_the_branch(monkeypatch):
         assert reason
 
 
-@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "gate"])
-def test_outside_of_the_envelope(name):
-    arguments = dict(zip(("x", "hidden", "weight", "bias", "gate"), inputs(2, 3, 4, 8, 0, torch.float32), strict=True))
-    tensor = arguments[name].detach()
-    for wrong in (tensor.double(), torch.cat((tensor, tensor))):
-        with pytest.raises(ValueError, match=f"{name} is|weight is|hidden is"):
+@pytest.mark.parametrize("long", [True, False], ids=["long", "short"])
+@pytest.mark.parametrize("name", ["x", "hidden", "weight", "bias", "gate", "attention"])
+def test_outside_of_the_envelope(name, long, monkeypatch):
+    monkeypatch.setattr(gated_linear, "LONG_TOKENS", 0 if long else 8)
+    names = ("x", "hidden", "weight", "bias", "gate", "attention")
+    arguments = {key: leaf.detach() for key, leaf in zip(names, inputs(2, 3, 4, 8, 6, torch.float32), strict=True)}
+    ours(*arguments.values())
+    tensor = arguments[name]
+    for wrong in (tensor[0], tensor.int(), torch.cat((tensor, tensor))):
+        with pytest.raises(ValueError, match=r"(x|hidden|weight|bias|gate|attention) (is|has) "):
             ours(*(arguments | {name: wrong}).values())
+
+
+def test_reference_is_the_composite():
+    leaves = [leaf.detach() for leaf in inputs(2, 3, 4, 8, 6, torch.float64)]
+    reference = gated_linear.gelu_linear_gated_residual_reference(*leaves)
+    torch.testing.assert_close(reference, composite(*leaves), rtol=1e-12, atol=1e-12)
 
 
 def test_choose_says_why():

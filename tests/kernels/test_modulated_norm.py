@@ -318,7 +318,7 @@ def test_tiles_cover_every_row_and_fit_the_registers(shape, warps, min_rows, max
     B, T, D = shape
     tile = choose_tile(shape, warps, stages=2, min_rows=min_rows, max_rows=max_rows)
     assert tile.rows * tile.programs >= T > tile.rows * (tile.programs - 1) or T == tile.programs == 0
-    assert tile.block == modulated_norm.power_of_two(tile.block)
+    assert tile.block == launch.power_of_two(tile.block)
     assert -(-D // tile.block) <= 3
     assert tile.block <= 8 * 32 * tile.num_warps
     resident = modulated_norm.SMS * warps // tile.num_warps

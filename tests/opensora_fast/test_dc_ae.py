@@ -214,6 +214,8 @@ def test_autocast_reaches_every_parameter():
     model, video = small_model(), small_video(batch=2)
     with torch.autocast("cpu", torch.bfloat16):
         reconstruction = model.reconstruct(video)
+        with torch.no_grad():
+            assert model.decode(model.encode(video).float()).shape == video.shape
     (reconstruction - video).abs().mean().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
     with torch.no_grad():
