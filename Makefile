@@ -16,8 +16,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/opensora-fast demo --out runs/demo
 
+# One thread for each of the two processes: more would only wait for each other.
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-native: setup
 	$(BIN)/python -m pytest tests/kernels
