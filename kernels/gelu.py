@@ -555,11 +555,11 @@ def cost(rows: int, M: int, dtype: torch.dtype, mode: str, *, bias: bool = False
     return Cost(flops=flops * rows * M, bytes=(tensors * rows * M + vectors) * dtype.itemsize)
 
 
-def linear_cost(rows: int, M: int, O: int, dtype: torch.dtype, mode: str, *, D: int = 0) -> Cost:  # noqa: E741
+def linear_cost(rows: int, M: int, features: int, dtype: torch.dtype, mode: str, *, D: int = 0) -> Cost:
     """Cost of `gelu_linear`, and with the D channels of attention of `attention_gelu_linear`."""
-    inputs, weights, output = rows * (D + M), O * (D + M) + O, rows * O
-    product = 2 * inputs * O
+    inputs, weights, output = rows * (D + M), features * (D + M) + features, rows * features
+    product = 2 * inputs * features
     if mode == "forward":
         return Cost(flops=product + 10 * rows * M, bytes=(inputs + weights + output) * dtype.itemsize)
-    moved = 2 * inputs + 2 * weights - O + output  # the bias itself is not needed
+    moved = 2 * inputs + 2 * weights - features + output  # the bias itself is not needed
     return Cost(flops=2 * product + 20 * rows * M + output, bytes=moved * dtype.itemsize)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig
@@ -25,16 +24,6 @@ TINY = asdict(MMDIT_PRESETS["tiny"])
 LAYOUTS = [
     {"fused_qkv": fused, "use_liger_rope": half_split} for fused in (True, False) for half_split in (True, False)
 ]
-
-
-def golden(name: str) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """The configuration of a golden file, and its tensors by group: input, weight, output, grad."""
-    groups: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(TESTS / "golden" / f"{name}.safetensors", "pt") as file:
-        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            group, _, rest = key.partition("/")
-            groups.setdefault(group, {})[rest] = file.get_tensor(key)
-        return json.loads(file.metadata()["config"]), groups
 
 
 def random_weights(config: MMDiTConfig, layout: dict[str, bool]) -> dict[str, torch.Tensor]:
@@ -61,7 +50,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def test_velocity_and_gradients_are_the_released_models():
+def test_velocity_and_gradients_are_the_released_models(golden):
     released_config, tensors = golden("mmdit_tiny_split")
     model = load_released_mmdit(tensors["weight"], released_config)
     target = tensors["input"].pop("target")
