@@ -1,14 +1,11 @@
 """Guided sampling: the released result, with no pass that is not needed; and whole videos of a small model."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
 from opensora_fast.conditions import condition_tokens
 from opensora_fast.config import MMDIT_PRESETS
@@ -19,19 +16,11 @@ from opensora_fast.positions import patchify, unpatchify
 from opensora_fast.released import load_released_mmdit
 from opensora_fast.sampling import SamplingSettings, denoise, output_size, sample
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-
-
-def read_golden(name):
-    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        return json.loads(file.metadata()["config"]), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
 
 @pytest.fixture(scope="module")
-def golden_model():
-    config, tensors = read_golden("mmdit_tiny_split")
-    weights = {key.removeprefix("weight/"): value for key, value in tensors.items() if key.startswith("weight/")}
-    return load_released_mmdit(weights, config)
+def golden_model(golden):
+    config, groups = golden("mmdit_tiny_split")
+    return load_released_mmdit(groups["weight"], config)
 
 
 class LinearModel:
@@ -119,19 +108,18 @@ def three_passes_per_step(
     return noise
 
 
-def test_released_result(golden_model):
-    config, tensors = read_golden("denoise_tiny")
-    arguments = {key.removeprefix("input/"): value for key, value in tensors.items() if key.startswith("input/")}
+def test_released_result(golden, golden_model):
+    config, groups = golden("denoise_tiny")
     latent = denoise(
         golden_model,
-        **arguments,
+        **groups["input"],
         guidance_txt=config["guidance"],
         guidance_img=config["guidance_img"],
         oscillate_txt=config["text_osci"],
         oscillate_img=config["image_osci"],
         dynamic_img_guidance=config["scale_temporal_osci"],
     )
-    expected = tensors["output/latent"]
+    expected = groups["output"]["latent"]
     assert (latent - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -178,7 +166,7 @@ def test_each_item_may_have_its_own_negative_prompt():
         torch.testing.assert_close(both[[item]], denoise(LinearModel(), **alone, **GUIDANCE))
 
 
-def test_modulation_is_computed_for_distinct_prompts_only(golden_model, monkeypatch):
+def test_modulation_is_computed_for_distinct_prompts_only(golden, golden_model, monkeypatch):
     rows = []
     modulation = type(golden_model).modulation
 
@@ -187,9 +175,7 @@ def test_modulation_is_computed_for_distinct_prompts_only(golden_model, monkeypa
         return modulation(model, timesteps, y_vec, guidance)
 
     monkeypatch.setattr(type(golden_model), "modulation", counting)
-    _, tensors = read_golden("denoise_tiny")
-    arguments = {key.removeprefix("input/"): value for key, value in tensors.items() if key.startswith("input/")}
-    denoise(golden_model, **arguments, **GUIDANCE)
+    denoise(golden_model, **golden("denoise_tiny")[1]["input"], **GUIDANCE)
     assert rows == [2] * 11 + [1, 2, 1]
 
 
