@@ -235,18 +235,25 @@ def doctor(suite: Suite, ops: Sequence[str]) -> None:
 
 
 def test(suite: Suite, ops: Sequence[str]) -> None:
-    """The tests that need the device; on a CPU the few that are quick, as this is then a rehearsal."""
+    """The tests that need the device; on a CPU the few that are quick, as this is then a rehearsal.
+
+    Those of an op's candidates (`test_attention_triton.py`) are parts of their own: one that is red does not keep the
+    others from being timed, and bench holds its results against the eager form.
+    """
     wanted = ["-m", "not gpu", "-k", "choose or cost or envelope"] if suite.dry else ["-m", "gpu"]
 
-    def run(op: str) -> Result:
-        tests = f"tests/kernels/test_{op}.py"
+    def run(name: str) -> Result:
+        tests = f"tests/kernels/test_{name}.py"
         if not (PROJECT / tests).exists():
-            return Result(part=f"test {op}", status="red", words=f"{tests} is not there")
+            return Result(part=f"test {name}", status="red", words=f"{tests} is not there")
         command = python("-m", "pytest", "-q", "--maxfail", "5", "-p", "no:cacheprovider", *wanted, tests)
-        return suite.run(f"test {op}", command, limit=LIMITS["test"])
+        return suite.run(f"test {name}", command, limit=LIMITS["test"])
 
+    folder = PROJECT / "tests" / "kernels"
+    companions = [path.stem.removeprefix("test_") for op in ops for path in sorted(folder.glob(f"test_{op}_*.py"))]
+    names = list(ops) if suite.dry else [*ops, *companions]
     with ThreadPoolExecutor(2 if suite.dry else len(OPS)) as pool:
-        for result in pool.map(run, ops):
+        for result in pool.map(run, names):
             suite.add(result)
 
 

@@ -115,6 +115,15 @@ def test_an_op_whose_tests_are_red_is_not_timed(rehearsal) -> None:
     assert json.loads((rehearsal.out / "summary.json").read_text())["red"] == ["test flow_mix"]
 
 
+def test_the_tests_of_candidates_are_parts_of_their_own(rehearsal, monkeypatch) -> None:
+    monkeypatch.setattr(suite.Suite, "run", lambda self, part, command, **of: suite.Result(part=part, status="ok"))
+    rehearsal.device = "cuda"
+    suite.test(rehearsal, ["gelu", "attention"])
+    parts = [result.part for result in rehearsal.results]
+    assert parts[:2] == ["test gelu", "test attention"]
+    assert "test attention_triton" in parts
+
+
 def test_an_unfinished_test_is_red_and_an_unfinished_extra_is_not(rehearsal) -> None:
     rehearsal.add(suite.Result(part="compile", status="unfinished"))
     rehearsal.add(suite.Result(part="sanitize adamw", status="unfinished"))
