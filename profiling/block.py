@@ -146,7 +146,8 @@ class _Counting(TorchDispatchMode):
                 (5, self.hardware.attention_backward_flops) if backward else (2, self.hardware.attention_forward_flops)
             )
             return products * 2 * B * H * S * S * K / rate
-        if count := flop_registry.get(func._overloadpacket):
+        out_of_place = func._schema.name.removeprefix("aten::").removesuffix("_")
+        if count := flop_registry.get(getattr(torch.ops.aten, out_of_place, None)):
             return count(*args, **kwargs, out_val=result) / self.hardware.matmul_flops
         return 0.0
 

@@ -6,6 +6,7 @@ from torch._subclasses import FakeTensorMode
 
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
 from opensora_fast.profiling.block import KINDS, block_call, saved_bytes, traffic
+from opensora_fast.profiling.hardware import H200
 
 TINY = MMDiTConfig(
     in_channels=8,
@@ -74,3 +75,11 @@ def test_the_fused_form_moves_and_launches_less(kind, shape):
     assert fused.bytes < eager.bytes / 2
     assert fused.kernels < eager.kernels / 2
     assert fused.seconds < eager.seconds
+
+
+def test_a_product_counts_whether_in_place_or_not():
+    with FakeTensorMode():
+        a, b, c = (torch.empty(4096, 4096, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        apart, in_place = (traffic(forward) for forward in (lambda: [c.addmm(a, b)], lambda: [(c * 1).addmm_(a, b)]))
+    products = 3 * 2 * 4096**3 / H200.matmul_flops
+    assert in_place.seconds > apart.seconds > products
