@@ -1,5 +1,6 @@
-"""What all tests share: where Triton kernels run, and the outputs of the released architecture."""
+"""What all tests share: where Triton kernels run, process groups, and the outputs of the released architecture."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -26,3 +27,14 @@ def golden():
             return json.loads(file.metadata()["config"]), groups
 
     return read
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """ranks(P).run("kernels/test_x.py:function", *args): the function's results on P gloo ranks; see ranks.py."""
+    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "ranks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pools = module.Ranks()
+    yield pools
+    pools.close()
