@@ -324,10 +324,10 @@ def _forward_kernel(
     cos = tl.load(cos_ptr + table_offset, mask=mask, other=0)
     sin = tl.load(sin_ptr + table_offset, mask=mask, other=0)
 
-    q_first, q_second = _norm_and_rotate(q_first, q_second, q_scale_ptr, row * 0 + k2, mask, cos, sin, eps, K2, COMPUTE)
+    q_first, q_second = norm_and_rotate(q_first, q_second, q_scale_ptr, row * 0 + k2, mask, cos, sin, eps, K2, COMPUTE)
     tl.store(q_ptr + out_offset, q_first, mask=mask)
     tl.store(q_ptr + out_offset + K2, q_second, mask=mask)
-    k_first, k_second = _norm_and_rotate(k_first, k_second, k_scale_ptr, row * 0 + k2, mask, cos, sin, eps, K2, COMPUTE)
+    k_first, k_second = norm_and_rotate(k_first, k_second, k_scale_ptr, row * 0 + k2, mask, cos, sin, eps, K2, COMPUTE)
     tl.store(k_ptr + out_offset, k_first, mask=mask)
     tl.store(k_ptr + out_offset + K2, k_second, mask=mask)
     if WITH_V:
@@ -336,7 +336,7 @@ def _forward_kernel(
 
 
 @jit
-def _norm_and_rotate(first, second, scale_ptr, channel, mask, cos, sin, eps, K2: tl.constexpr, COMPUTE: tl.constexpr):
+def norm_and_rotate(first, second, scale_ptr, channel, mask, cos, sin, eps, K2: tl.constexpr, COMPUTE: tl.constexpr):
     first, second = first.to(COMPUTE), second.to(COMPUTE)
     rstd = tl.rsqrt(tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * K2) + eps)  # [rows, 1]
     first = first * rstd * tl.load(scale_ptr + channel, mask=mask, other=0).to(COMPUTE)
@@ -424,14 +424,14 @@ def _backward_kernel(
             dv_first = tl.zeros((TOKENS * HEADS, BLOCK_K2), COMPUTE)
             dv_second = dv_first
 
-        dq_first, dq_second, sum_first, sum_second = _unrotate_and_differentiate(
+        dq_first, dq_second, sum_first, sum_second = unrotate_and_differentiate(
             dq_first, dq_second, q_first, q_second, q_scale_ptr, channel, mask, cos, sin, eps, K2, COMPUTE
         )
         d_q_scale_first += sum_first
         d_q_scale_second += sum_second
         tl.store(d_qkv_ptr + d_qkv_offset, dq_first, mask=mask)
         tl.store(d_qkv_ptr + d_qkv_offset + K2, dq_second, mask=mask)
-        dk_first, dk_second, sum_first, sum_second = _unrotate_and_differentiate(
+        dk_first, dk_second, sum_first, sum_second = unrotate_and_differentiate(
             dk_first, dk_second, k_first, k_second, k_scale_ptr, channel, mask, cos, sin, eps, K2, COMPUTE
         )
         d_k_scale_first += sum_first
@@ -452,7 +452,7 @@ def _backward_kernel(
 
 
 @jit
-def _unrotate_and_differentiate(
+def unrotate_and_differentiate(
     dy_first,
     dy_second,
     x_first,

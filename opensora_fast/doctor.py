@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from opensora_fast.arguments import Parser
-from opensora_fast.kernels import extension
+from opensora_fast.kernels import attention, extension
 
 # One row per op file of kernels/: a call that the released models make, by the tensor that its backend is chosen from.
 OPS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -24,6 +24,7 @@ OPS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
     "gated_linear": ((3, 8960, 3072), torch.bfloat16),
     "gated_residual": ((3, 8960, 3072), torch.bfloat16),
     "gelu": ((3, 8960, 12288), torch.bfloat16),
+    "lse_merge": ((1, 19136, 24, 128), torch.float32),
     "modulated_norm": ((3, 8960, 3072), torch.bfloat16),
     "pixel_shuffle": ((1, 128, 32, 256, 256), torch.bfloat16),
     "qk_norm_rope": ((3, 8960, 3, 24, 128), torch.bfloat16),
@@ -34,8 +35,15 @@ CSRC = Path(__file__).parents[1] / "csrc"  # there in a checkout
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor tells, as plain data: versions, gpus, native, ops, extras."""
-    return {"versions": _versions(), "gpus": _gpus(), "native": _native(), "ops": _ops(), "extras": _extras()}
+    """Everything that doctor tells, as plain data: versions, gpus, native, ops, attention, extras."""
+    return {
+        "versions": _versions(),
+        "gpus": _gpus(),
+        "native": _native(),
+        "ops": _ops(),
+        "attention": _attention(),
+        "extras": _extras(),
+    }
 
 
 def _installed(distribution: str) -> str | None:
@@ -83,13 +91,22 @@ def _ops() -> dict[str, dict[str, dict[str, str]]]:
     for op, (shape, dtype) in OPS.items():
         module = import_module(f"opensora_fast.kernels.{op}")
         told[op] = {}
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for device in _devices():
             try:
                 backend, reason = module.selected(shape, dtype, device)
                 told[op][device] = {"backend": backend, "reason": reason}
             except ValueError as error:
                 told[op][device] = {"error": str(error)}
     return told
+
+
+def _attention() -> dict[str, dict[str, str]]:
+    """Device -> candidate -> why it cannot run the released models' attention, "" where it can."""
+    return {device: attention.missing_backends(*OPS["attention"], device) for device in _devices()}
+
+
+def _devices() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def _extras() -> dict[str, dict[str, Any]]:
@@ -116,6 +133,11 @@ def _sections(told: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
             (f"{op} ({device})", f"{of['backend']}: {of['reason']}" if "backend" in of else f"error: {of['error']}")
             for op, devices in told["ops"].items()
             for device, of in devices.items()
+        ],
+        "attention": [
+            (f"{name} ({device})", reason or "can run")
+            for device, candidates in told["attention"].items()
+            for name, reason in candidates.items()
         ],
         "extras": [
             (extra, f"lacks {', '.join(of['missing'])}: {of['command']}" if of["missing"] else "complete")

@@ -1,13 +1,16 @@
-"""`opensora-fast bench --aot`: every Triton kernel that the presets launch, compiled for sm_90 without a driver.
+"""`opensora-fast bench --aot`: every Triton and Gluon kernel of the presets, compiled for sm_90 without a driver.
 
-What is launched is learnt by running each case of the benchmark, forward and backward, on meta tensors; each distinct
-kernel (pointer types, constants, warps, stages) is then compiled once, for the sizes and strides that Triton knows the
-least about: with the fewest multiples of 16 among those that the presets give. Its PTX is assembled by Triton's own
-ptxas and by the newest one found: registers and spills are both's, how wide global memory is accessed and the
-instructions that say how a kernel works are read in the machine code of Triton's own.
+What is launched is learnt by running each case of the benchmark, forward and backward, on meta tensors, and again with
+Gluon where its op has Gluon kernels; each distinct kernel (types of its pointers and descriptors, constants, warps,
+stages) is then compiled once, for the sizes and strides that Triton knows the least about: with the fewest multiples of
+16 among those that the presets give. Its PTX is assembled by Triton's own ptxas and by the newest one found: registers
+and spills are both's, how wide global memory is accessed and the instructions that say how a kernel works are read in
+the machine code of Triton's own.
 
 `aot_budget.json` holds what each kernel may take. A spill, more registers or shared memory than there, or a narrower
-access than there, fails and names the kernel.
+access than there, fails and names the kernel. So does a kernel whose source multiplies matrices, or did when its budget
+was set, and whose machine code does it by HMMA instead of Hopper's HGMMA; one for which ptxas waits for products where
+the source does not, more often than the budget says; and one that asks for TMA and holds no UTMALDG.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,9 +57,19 @@ TYPES = {
     torch.int8: "i8",
     torch.bool: "i1",
 }
-# Of these the table tells how many a kernel has: matrix products, special functions, bulk and asynchronous copies,
-# exchange between threads, atomics.
-INSTRUCTIONS = ("HGMMA", "HMMA", "MUFU", "UTMALDG", "LDGSTS", "SHFL", "BAR", "ATOM", "RED")
+# Of these the table tells how many a kernel has: matrix products, special functions, copies and sums of tiles by TMA,
+# other bulk and asynchronous copies, barriers in shared memory, exchange between threads, atomics.
+INSTRUCTIONS = (
+    *("HGMMA", "HMMA", "MUFU", "UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "LDGSTS"),
+    *("SYNCS", "SHFL", "WARPSYNC", "BAR", "ATOM", "RED"),
+)
+DECORATORS = {"triton": "\n@jit\n", "gluon": "\n@gluon_jit\n"}  # backend -> how its kernels are marked
+
+# What a source asks for -> how it reads in Triton's intermediate code, before the compiler has chosen instructions.
+REQUESTS = {
+    "matrix": ("tt.dot ", "ttng.warp_group_dot "),
+    "tma": ("tt.descriptor_load ", "ttng.async_tma_copy_global_to_local "),
+}
 
 
 # What is launched.
@@ -73,11 +86,16 @@ class _Bodies(TorchDispatchMode):
             return body._init_fn(*args, **kwargs or {})
 
 
-def launches(case: Case) -> list[Launch]:
-    """The Triton launches of one case, forward and backward; none where its op has no Triton kernel."""
+def launches(case: Case, name: str = "triton") -> list[Launch]:
+    """The launches of one case with its op on backend `name`, all other ops on Triton; forward and backward.
+
+    None where the op has no such kernels.
+    """
     inputs = case.make("meta")
     with launch.recorded() as recorded:
-        names = {op: "triton" for op in CASES if _has_triton(op)}
+        names = {op: "triton" for op in CASES if has_kernels(op, "triton")}
+        if has_kernels(case.op, name):
+            names[case.op] = name
         with backend.forced(names), _Bodies():
             out = case.function(**inputs)
             leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
@@ -88,10 +106,10 @@ def launches(case: Case) -> list[Launch]:
     return recorded
 
 
-def _has_triton(op: str) -> bool:
-    """Whether an op file launches Triton kernels of its own."""
-    source = Path(backend.__file__).with_name(f"{op}.py")
-    return "\n@jit\n" in source.read_text()
+def has_kernels(op: str, name: str) -> bool:
+    """Whether an op file, or its companion named after the backend, has kernels for that backend."""
+    files = (Path(backend.__file__).with_name(f"{stem}.py") for stem in (op, f"{op}_{name}"))
+    return any(DECORATORS[name] in file.read_text() for file in files if file.exists())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,18 +139,24 @@ def kernel_of(of: Launch) -> Kernel:
     name = f"{of.kernel.fn.__module__.rsplit('.', 1)[-1]}.{of.kernel.fn.__name__}"
     for index, parameter in enumerate(of.kernel.params):
         value = of.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (type(value) is int and value == 1 and _specialised(of, parameter))
+        ):
             kind = "constexpr"
             values[parameter.name] = value
         elif isinstance(value, Tensor):
             kind = f"*{TYPES[value.dtype]}"
             if value.storage_offset() * value.element_size() % 16 == 0:
                 divisible.append(index)
+        elif hasattr(value, "block_shape"):
+            kind = _descriptor_type(value)
         elif isinstance(value, bool):
             kind = "i1"
         elif isinstance(value, int):
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and _specialised(of, parameter):
                 divisible.append(index)
         elif isinstance(value, float):
             kind = "fp32"
@@ -141,7 +165,7 @@ def kernel_of(of: Launch) -> Kernel:
         types.append((parameter.name, kind))
     written = [parameter.name for parameter in of.kernel.params if parameter.is_constexpr]
     constants = " ".join(f"{parameter}={values[parameter]}" for parameter in written)
-    runs = _runs(kind for _, kind in types)
+    runs = _runs(re.sub(r"\],.*", "]>", kind) for _, kind in types)
     pointers = " ".join(f"{kind}x{count}" if count > 1 else kind for kind, count in runs)
     return Kernel(
         label=f"{name} {constants} {pointers} warps={of.num_warps} stages={of.num_stages}",
@@ -157,10 +181,21 @@ def kernel_of(of: Launch) -> Kernel:
     )
 
 
+def _specialised(of: Launch, parameter: Any) -> bool:
+    """Whether Triton compiles anew for an integer that is 1 or a multiple of 16."""
+    return parameter.name not in of.kernel.do_not_specialize
+
+
+def _descriptor_type(of: Any) -> str:
+    """A tensor descriptor as Triton's compiler reads it; Gluon's descriptors also have a layout in shared memory."""
+    layout = f",{of.layout!r}" if hasattr(of, "layout") else ""
+    return f"tensordesc<{TYPES[of.base.dtype]}{list(of.block_shape)}{layout}>"
+
+
 def _runs(kinds: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Pointer types in their order, each with how often it comes in a row."""
+    """Types of pointers and descriptors in their order, each with how often it comes in a row."""
     last, count = None, 0
-    for kind in (kind for kind in kinds if kind.startswith("*")):
+    for kind in (kind for kind in kinds if kind.startswith(("*", "tensordesc"))):
         if kind != last and last is not None:
             yield last, count
             count = 0
@@ -173,10 +208,12 @@ def kernels(ops: Sequence[str]) -> list[Kernel]:
     """Every distinct kernel that the ops' cases launch at the presets' sizes."""
     found: dict[str, Kernel] = {}
     for op in ops:
-        for case in CASES[op](SIZES["full"]):
-            for kernel in map(kernel_of, launches(case) if case.preset else ()):
-                if kernel.label not in found or kernel.known < found[kernel.label].known:
-                    found[kernel.label] = kernel
+        presets = [case for case in CASES[op](SIZES["full"]) if case.preset]
+        for name in DECORATORS:
+            for case in presets if has_kernels(op, name) else ():
+                for kernel in map(kernel_of, launches(case, name)):
+                    if kernel.label not in found or kernel.known < found[kernel.label].known:
+                        found[kernel.label] = kernel
     return list(found.values())
 
 
@@ -188,6 +225,15 @@ class CompileError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A kernel by Triton, before ptxas."""
+
+    ptx: str
+    shared: int
+    requests: frozenset[str]  # of REQUESTS
+
+
+@dataclass(frozen=True, kw_only=True)
 class Assembled:
     """A kernel by one ptxas. Widths are bytes that a thread accesses at once; shares are of all bytes so accessed."""
 
@@ -196,6 +242,8 @@ class Assembled:
     registers: int
     spilled: int  # bytes of stack, spill stores and spill loads
     shared: int
+    requests: frozenset[str] = frozenset()
+    serialised: int = 0  # places where ptxas waits for a product that the source leaves running
     loads: Mapping[int, int] | None = None  # width -> instructions; None where the machine code was not read
     stores: Mapping[int, int] | None = None
     instructions: Mapping[str, int] | None = None
@@ -223,13 +271,14 @@ def _version(program: Path) -> str:
     return found.group(1) if found else ""
 
 
-def compile_kernel(kernel: Kernel) -> tuple[str, int]:
-    """PTX and shared memory in bytes, by Triton for sm_90."""
+def compile_kernel(kernel: Kernel) -> Compiled:
+    """By Triton for sm_90."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(
+    source = (GluonASTSource if kernel.function.is_gluon() else ASTSource)(
         fn=kernel.function,
         signature=dict(kernel.types),
         constexprs={(_position(kernel, name),): value for name, value in kernel.values.items()},
@@ -241,7 +290,12 @@ def compile_kernel(kernel: Kernel) -> tuple[str, int]:
     except Exception as error:  # whatever a pass of the compiler raises
         last = str(error).strip().splitlines()[-1:]
         raise CompileError(f"does not compile: {type(error).__name__}: {''.join(last)[:300]}") from error
-    return compiled.asm["ptx"], compiled.metadata.shared
+    asked = compiled.asm["ttgir" if kernel.function.is_gluon() else "ttir"]
+    return Compiled(
+        ptx=compiled.asm["ptx"],
+        shared=compiled.metadata.shared,
+        requests=frozenset(name for name, words in REQUESTS.items() if any(word in asked for word in words)),
+    )
 
 
 def _position(kernel: Kernel, name: str) -> int:
@@ -249,11 +303,11 @@ def _position(kernel: Kernel, name: str) -> int:
 
 
 def assemble(
-    kernel: Kernel, ptx: str, shared: int, version: str, ptxas: Path, folder: Path, *, disassembled: bool
+    kernel: Kernel, compiled: Compiled, version: str, ptxas: Path, folder: Path, *, disassembled: bool
 ) -> Assembled:
     """Run one ptxas over the PTX, read its report and, if `disassembled`, its machine code."""
     source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
-    source.write_text(ptx)
+    source.write_text(compiled.ptx)
     command = [str(ptxas), "-v", f"--gpu-name={GPU_NAME}", str(source), "-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -267,7 +321,9 @@ def assemble(
         ptxas=version,
         registers=int(registers.group(1)),
         spilled=sum(map(int, spilled.groups())),
-        shared=shared,
+        shared=compiled.shared,
+        requests=compiled.requests,
+        serialised=len(re.findall(r"wgmma\S* instructions are serialized|warpgroup\.wait is injected", done.stderr)),
         **(_machine_code(binary) if disassembled else {}),
     )
 
@@ -332,9 +388,9 @@ def tables(ops: Sequence[str]) -> tuple[dict[str, list[Assembled]], list[str]]:
     with _own_cache() as folder:
         for kernel in kernels(ops):
             try:
-                ptx, shared = compile_kernel(kernel)
+                compiled = compile_kernel(kernel)
                 found[kernel.label] = [
-                    assemble(kernel, ptx, shared, version, program, folder, disassembled=number == 0)
+                    assemble(kernel, compiled, version, program, folder, disassembled=number == 0)
                     for number, (version, program) in enumerate(programs.items())
                 ]
             except CompileError as error:
@@ -366,7 +422,9 @@ def budget_of(results: Sequence[Assembled]) -> dict[str, Any]:
     for of in results:
         if of.loads is not None and of.stores is not None:
             budget |= {"load": max(of.loads, default=0), "store": max(of.stores, default=0), "wide": _wide(of)}
-    return budget
+    if serialised := max(of.serialised for of in results):
+        budget["serialised"] = serialised
+    return budget | {name: True for name in sorted(results[0].requests)}
 
 
 def failures(found: Mapping[str, Sequence[Assembled]], budget: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -389,6 +447,11 @@ def _over(of: Assembled, allowed: Mapping[str, Any]) -> Iterator[str]:
     for name in ("registers", "shared"):
         if name in allowed and getattr(of, name) > allowed[name]:
             yield f"{getattr(of, name)} {name}, the budget is {allowed[name]}"
+    if of.serialised > allowed.get("serialised", 0):
+        known = allowed.get("serialised", 0)
+        yield f"ptxas waits {of.serialised} times where the source does not, the budget is {known}"
+    if of.instructions is not None:
+        yield from _missed({name for name in REQUESTS if name in of.requests or name in allowed}, of.instructions)
     if of.loads is None or of.stores is None or not allowed:
         return
     for name, widths in (("load", of.loads), ("store", of.stores)):
@@ -396,6 +459,16 @@ def _over(of: Assembled, allowed: Mapping[str, Any]) -> Iterator[str]:
             yield f"its widest {name} has {max(widths, default=0)} bytes, the budget is {allowed[name]}"
     if _wide(of) < allowed["wide"]:
         yield f"{_wide(of)} % of its bytes move {WIDEST} at a time, the budget is {allowed['wide']} %"
+
+
+def _missed(requests: Collection[str], instructions: Mapping[str, int]) -> Iterator[str]:
+    """What a kernel is asked to do with instructions of Hopper, and does without them."""
+    if "matrix" in requests and not instructions.get("HGMMA"):
+        yield "multiplies matrices without HGMMA"
+    if "matrix" in requests and instructions.get("HMMA"):
+        yield f"holds {instructions['HMMA']} HMMA, where HGMMA multiplies matrices"
+    if "tma" in requests and not instructions.get("UTMALDG"):
+        yield "is to load tiles by TMA, and holds no UTMALDG"
 
 
 def _wide(of: Assembled) -> int:
@@ -443,7 +516,7 @@ def _print(found: Mapping[str, Sequence[Assembled]]) -> None:
     print_table(
         headings,
         rows,
-        title=f"Triton kernels for sm_{ARCHITECTURE}",
+        title=f"Triton and Gluon kernels for sm_{ARCHITECTURE}",
         caption="spills and shared memory in bytes; loads and stores of global memory: instructions x bytes per thread",
         left=("kernel", "constants", "pointers", "instructions"),
         width=240,

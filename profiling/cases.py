@@ -9,6 +9,7 @@ from opensora_fast.profiling.case import Case, Size
 
 CASES: Mapping[str, Callable[[Size], Sequence[Case]]] = {
     "attention": cases_transformer.attention,
+    "lse_merge": cases_transformer.lse_merge,
     "modulated_norm": cases_transformer.modulated_norm,
     "gated_residual": cases_transformer.gated_residual,
     "qk_norm_rope": cases_transformer.qk_norm_rope,

@@ -19,6 +19,7 @@ from opensora_fast.kernels import attention as attention_op
 from opensora_fast.kernels import gated_linear as gated_linear_op
 from opensora_fast.kernels import gated_residual as gated_residual_op
 from opensora_fast.kernels import gelu as gelu_op
+from opensora_fast.kernels import lse_merge as lse_merge_op
 from opensora_fast.kernels import modulated_norm as modulated_norm_op
 from opensora_fast.kernels import qk_norm_rope as qk_norm_rope_op
 from opensora_fast.kernels.cost import Cost
@@ -364,8 +365,9 @@ def _single_attended(qkv: Tensor, **inputs: Tensor) -> Tensor:
     return _attention(q, k, qkv[:, :, 2])
 
 
-def _attention(q_BSHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, S, H, K] each."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
@@ -378,6 +380,45 @@ def _pinned_to_cudnn(composite: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return composite(**inputs)
 
     return call
+
+
+CANDIDATES = ("cudnn", "flash", "triton", "gluon")  # of attention on a GPU
+
+
+def _products(size: Size) -> list[tuple[str, tuple[int, int, int, int]]]:
+    """(stage, [B, S, H, K]) of attention alone; of a clip on several ranks all tokens, with a part of the heads."""
+    model = size.model()
+    clips, images, rank = sequences(size)
+    large = Tokens(
+        stage="768px images",
+        batch=STAGE1_BUCKETS["768px"][1][1],
+        text=images.text,
+        video=max(1, _video_tokens("768px", 1) // size.divide_tokens),
+    )
+    shapes = [(of.stage, (of.batch, of.all, model.num_heads, model.head_dim)) for of in (clips, images, large)]
+    gathered = (1, RANKS * rank.all, max(1, model.num_heads // RANKS), model.head_dim)
+    return [*shapes, (f"768px clip, heads of one of {RANKS} ranks", gathered)]
+
+
+def _candidates(size: Size) -> Iterator[Case]:
+    """Each implementation of attention by itself, without norm and rotation."""
+    for stage, shape in _products(size):
+        inputs = {name: Input(shape=shape, dtype=BF16) for name in ("q", "k", "v")}
+        for candidate in CANDIDATES:
+            yield Case(
+                op="attention",
+                name=f"attention {stage}, {candidate}",
+                dtype=BF16,
+                inputs=inputs,
+                function=lambda q, k, v: attention_op.attention(q, k, v)[0],
+                composite=_attention,
+                cost=partial(attention_op.cost, *shape, BF16),
+                backend=partial(attention_op.selected, shape, BF16),
+                matrix=True,
+                baselines={"cudnn": partial(_pinned_to_cudnn, _attention)},
+                exact=torch.float32,  # as below
+                candidate=candidate,
+            )
 
 
 def attention(size: Size) -> list[Case]:
@@ -411,7 +452,40 @@ def attention(size: Size) -> list[Case]:
                     exact=torch.float32,  # in float64 PyTorch would write out the scores
                 )
             )
-    return cases
+    return cases + list(_candidates(size))
+
+
+# The sum of a ring's blocks.
+
+
+def _merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    share = torch.sigmoid(lse_b - lse_a).transpose(1, 2)[..., None]
+    return out_a + share * (out_b.to(out_a.dtype) - out_a), torch.logaddexp(lse_a, lse_b)
+
+
+def lse_merge(size: Size) -> list[Case]:
+    op, model = lse_merge_op, size.model()
+    B, S, H, K = shape = (1, sequences(size)[-1].all, model.num_heads, model.head_dim)
+    lse = Input(shape=(B, H, S), dtype=FP32, gradient=False)
+    inputs = {
+        "out_a": Input(shape=shape, dtype=FP32, gradient=False),
+        "lse_a": lse,
+        "out_b": Input(shape=shape, dtype=BF16, gradient=False),
+        "lse_b": lse,
+    }
+    return [
+        Case(
+            op="lse_merge",
+            name="lse_merge 768px rank",
+            dtype=BF16,
+            inputs=inputs,
+            function=by_name(op.lse_merge, list(inputs)),
+            composite=_merged,
+            cost=partial(op.cost, *shape, BF16),
+            backend=partial(op.selected, shape, BF16),
+            modes=("forward",),
+        )
+    ]
 
 
 # GELU, alone and with the projection that follows it.

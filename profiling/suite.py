@@ -49,6 +49,7 @@ OPS = (
     "rms_norm_act",
     "pixel_shuffle",
     "flow_mix",
+    "lse_merge",
 )
 CUDA_OPS = ("pixel_shuffle", "adamw")  # with a CUDA kernel of ours, which compute-sanitizer watches
 PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "compile", "report")

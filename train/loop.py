@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import finite_watch
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import AutoencoderRecipe, DiffusionRecipe, recipe_to_dict
 from opensora_fast.train.loader import Batch, ClipLoader
@@ -64,7 +65,10 @@ class Interrupt:
 
 
 def step_generator(seed: int, rank: int, step: int) -> torch.Generator:
-    """The CPU generator of one step on one rank: no two ranks or steps share a stream."""
+    """The CPU generator of one step on one rank: no two ranks or steps share a stream.
+
+    Ranks count batches here: those that share a sequence pass one number, and make the same draws.
+    """
     digest = hashlib.blake2b(f"{seed}/{rank}/{step}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
@@ -154,22 +158,26 @@ def _optimise(task: Task, optimizer: MasterAdamW, batch: Batch, step: int, gener
     loss, gradient_norm = loss.detach().float(), optimizer.gradient_norm()
     optimizer.step(lr, torch.where(loss.isfinite(), gradient_norm, torch.nan))
     optimizer.zero_grad()
-    loss_value, norm_value = torch.stack([loss, gradient_norm]).tolist()  # the only wait for the device
-    memory = memory_gib(task.device)
-    return {"loss": loss_value, "grad_norm": norm_value, "lr": lr, "tokens": tokens, "memory_gib": memory}
+    names, magnitudes = finite_watch.take(task.device)
+    figures = torch.cat([torch.stack([loss, gradient_norm]), magnitudes])
+    loss_value, norm_value, *watched = figures.tolist()  # the only wait for the device
+    values = {"loss": loss_value, "grad_norm": norm_value, "lr": lr, "tokens": tokens}
+    return values | {"memory_gib": memory_gib(task.device), "complaint": finite_watch.complaint(names, watched)}
 
 
 def _report_step(metrics: Metrics, step: int, batch: Batch, values: dict, progress: dict, nonfinite_limit: int) -> None:
     """A row for the step. Raises UserError naming the clips when `nonfinite_limit` steps in a row were skipped."""
+    complaint = values.pop("complaint")
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         progress["skipped_in_a_row"] = 0
         metrics.step(step, values | {"bucket": str(batch.plan.bucket)})
         return
     progress["skipped_in_a_row"] += 1
     figures = {name: str(values[name]) for name in ("loss", "grad_norm")}
-    metrics.row("skipped", step, figures | {"paths": batch.paths})
+    metrics.row("skipped", step, figures | {"paths": batch.paths} | ({"complaint": complaint} if complaint else {}))
     if progress["skipped_in_a_row"] >= nonfinite_limit:
         raise UserError(
             f"{nonfinite_limit} steps in a row had a non-finite loss or gradient, the last step {step} on "
             f"{', '.join(batch.paths)}: look at these clips, or lower --optimizer.lr"
+            + (f"; {complaint}" if complaint else "")
         )

@@ -1,14 +1,339 @@
-"""Norm, rotation and attention as one op: against the formula, its gradients, and what it keeps."""
+"""Attention, plain and with norm and rotation: every candidate against the formula, gradients, and what is kept."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from opensora_fast.kernels import attention, backend
+from opensora_fast.kernels import attention, attention_libraries, attention_reference, backend, launch
 from opensora_fast.kernels.attention import rope_attention, single_rope_attention, split_rope_attention
 
 H, K = 2, 36
-each_backend = pytest.mark.parametrize("name", ["reference", "cpu_flash"])
+CANDIDATES = ["cpu-reference", "cpu-cpu_flash", "cpu-triton"]
+GPU_CANDIDATES = ["cuda-reference", "cuda-cudnn", "cuda-flash", "cuda-triton", "cuda-gluon"]
+
+
+@pytest.fixture(params=[*CANDIDATES, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_CANDIDATES)])
+def candidate(request):
+    """(name, device) of one that runs here, forced."""
+    device, name = request.param.split("-")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with backend.forced({"attention": name}):
+        yield name, torch.device(device)
+
+
+def skip_where_missing(candidate, shape, dtype):
+    name, device = candidate
+    if reason := attention.missing_backends(shape, dtype, device.type)[name]:
+        pytest.skip(reason)
+
+
+# Plain attention.
+
+
+def qkv(S, T, K, dtype, *, kind="normal", B=1, H=2, device="cpu"):
+    """q, k, v of `dtype`, of one of the kinds that attention has been seen to fail on."""
+    generator = torch.Generator().manual_seed(S * T + K)
+    q, k, v = (torch.randn(B, tokens, H, K, generator=generator, dtype=torch.float64) for tokens in (S, T, T))
+    if kind == "large logits":
+        q, k = q * 8, k * 8
+    elif kind == "equal rows":
+        q, k = q[:, :1].expand_as(q), k[:, :1].expand_as(k)
+    elif kind.startswith("lse"):  # every score is moved by so much
+        q[..., 0], k[..., 0] = 16, float(kind.split()[1]) / 16 * K**0.5
+    return [x.to(dtype).contiguous().to(device).requires_grad_() for x in (q, k, v)]
+
+
+def formula(q, k, v, scale):
+    """(out, lse, scores) in the dtype of q, lse in float32 or float64."""
+    scores_BHST = torch.einsum("bshk,bthk->bhst", q, k) * scale
+    lse = scores_BHST.to(torch.promote_types(q.dtype, torch.float32)).logsumexp(dim=-1)
+    return torch.einsum("bhst,bthk->bshk", scores_BHST.softmax(dim=-1), v), lse, scores_BHST
+
+
+def seeded(shape, dtype, device, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def check_numerics(candidate, leaves, *, scale=None, dlse=True):
+    """out, lse and the gradients of q, k, v, of both results or of out alone.
+
+    They err at most twice as much as the formula in the dtype of q, plus what is lost by rounding the result once and
+    by scores that are float32.
+    """
+    skip_where_missing(candidate, leaves[0].shape, leaves[0].dtype)
+    exact_leaves = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    scale = scale or leaves[0].shape[-1] ** -0.5
+    results = {}
+    for key, function, of in (
+        ("ours", lambda *x: attention.attention(*x, scale=scale), leaves),
+        ("same", lambda *x: formula(*x, scale)[:2], leaves),
+        ("exact", lambda *x: formula(*x, scale)[:2], exact_leaves),
+    ):
+        out, lse = function(*of)
+        gradients = [seeded(out.shape, leaves[0].dtype, out.device).to(out.dtype)]
+        gradients.append(seeded(lse.shape, torch.float32, out.device, 2).to(lse.dtype))
+        outputs = (out, lse) if dlse else (out,)
+        results[key] = (out, lse, *torch.autograd.grad(outputs, of, gradients[: len(outputs)]))
+    scores = formula(*exact_leaves, scale)[2].detach().abs().max()
+    for name, *tensors in zip(("out", "lse", "dq", "dk", "dv"), *results.values(), strict=True):
+        ours, same, exact = (tensor.detach() for tensor in tensors)
+        assert ours.dtype == same.dtype, name
+        roundings = torch.finfo(ours.dtype).eps + torch.finfo(torch.float32).eps * scores
+        allowed = 2 * (same.double() - exact).abs().max() + roundings * exact.abs().max()
+        error = (ours.double() - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+
+
+# Query tokens of 0, 1, 64 and 127 more than whole tiles of 128; keys as many, fewer and more; every width of a head.
+@each_dtype
+@pytest.mark.parametrize(
+    ("S", "T", "K"), [(128, 128, 64), (129, 65, 96), (192, 255, 128), (255, 192, 64), (64, 31, 128), (1, 127, 96)]
+)
+def test_is_exact(candidate, S, T, K, dtype):
+    check_numerics(candidate, qkv(S, T, K, dtype, device=candidate[1]))
+
+
+# NumPy, in the interpreter, says that rows overflow which no result holds.
+@pytest.mark.filterwarnings("ignore:.* encountered in .*:RuntimeWarning")
+@each_dtype
+@pytest.mark.parametrize("kind", ["large logits", "equal rows", "lse 88.5", "lse -88.5", "lse 3000", "lse -3000"])
+def test_is_exact_on_hard_inputs(candidate, kind, dtype):
+    """Neither count of tokens is one of whole tiles: what a tile holds beyond them must not reach a result."""
+    check_numerics(candidate, qkv(65, 70, 64, dtype, kind=kind, device=candidate[1]))
+
+
+@pytest.mark.parametrize("scale", [0.02, 1.0])
+def test_takes_another_scale(candidate, scale):
+    check_numerics(candidate, qkv(33, 40, 64, torch.bfloat16, device=candidate[1]), scale=scale, dlse=False)
+
+
+def test_a_single_key_is_copied_and_has_no_say(candidate):
+    name, device = candidate
+    q, k, v = qkv(5, 1, 64, torch.bfloat16, device=device)
+    skip_where_missing(candidate, q.shape, torch.bfloat16)
+    out, lse = attention.attention(q, k, v)
+    assert torch.equal(out, v.expand_as(out))
+    torch.testing.assert_close(lse, (q.float() * k.float()).sum(-1).mT / 8)
+    dout = seeded(out.shape, torch.bfloat16, device)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-4 * dout.abs().max()  # what dP - D leaves: they are equal
+    torch.testing.assert_close(dv, dout.float().sum(1, keepdim=True).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])  # Triton's own tests do it with fewer numbers
+def test_gradients_in_float64(name):
+    with backend.forced({"attention": name}):
+        assert torch.autograd.gradcheck(attention.attention, qkv(3, 4, 12, torch.float64))
+
+
+@pytest.mark.parametrize("layout", ["heads first", "slices of a projection", "one gradient for all"])
+def test_takes_any_layout_of_tokens_and_heads(candidate, layout):
+    _, device = candidate
+    leaves = qkv(65, 65, 64, torch.bfloat16, B=2, device=device)
+    skip_where_missing(candidate, leaves[0].shape, torch.bfloat16)
+    dout = seeded(leaves[0].shape, torch.bfloat16, device)
+    if layout == "one gradient for all":
+        dout = dout[:1, :1].expand_as(dout)
+    others = leaves
+    if layout == "slices of a projection":
+        others = [x.detach() for x in torch.stack([leaf.detach() for leaf in leaves], dim=2).unbind(2)]
+    if layout == "heads first":
+        dout, *others = (x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (dout, *leaves))
+    results = []
+    for inputs, gradient in ((leaves, dout.contiguous()), (others, dout)):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        out, lse = attention.attention(*inputs)
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        results.append((out, lse, *torch.autograd.grad(out, inputs, gradient)))
+    exactly = candidate[0] not in ("cudnn", "flash", "gluon")  # the others' backward has no fixed order
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other) if exactly else torch.allclose(one, other, rtol=2e-2, atol=2e-2)
+
+
+# Every forward, and the backward of what is the project's own or runs on the CPU.
+def test_is_bitwise_repeatable(candidate):
+    name, device = candidate
+    leaves = qkv(140, 70, 64, torch.bfloat16, device=device)
+    skip_where_missing(candidate, leaves[0].shape, torch.bfloat16)
+    runs = []
+    for _ in range(2):
+        out, lse = attention.attention(*leaves)
+        gradients = torch.autograd.grad((out, lse), leaves, (torch.ones_like(out), torch.ones_like(lse)))
+        runs.append((out, lse, *gradients) if name in ("reference", "cpu_flash", "triton") else (out, lse))
+    assert all(map(torch.equal, *runs))
+
+
+def test_of_nothing_is_nothing(candidate):
+    name, device = candidate
+    for S, T in ((0, 3), (3, 0), (0, 0)):
+        leaves = qkv(S, T, 64, torch.float16, device=device)
+        skip_where_missing(candidate, leaves[0].shape, torch.float16)
+        out, lse = attention.attention(*leaves)
+        assert out.shape == (1, S, 2, 64)
+        assert not out.any()
+        assert lse.shape == (1, 2, S)
+        assert torch.isneginf(lse).all()
+        for gradient in torch.autograd.grad(out.sum(), leaves):
+            assert not gradient.any()
+
+
+def test_parts_of_the_keys_add_up_to_the_whole(candidate):
+    """With the lse and out of all keys, the backward of a part of them is that part's share."""
+    name, device = candidate
+    q, k, v = (x.detach() for x in qkv(65, 96, 64, torch.float32, device=device))
+    if attention.missing_backends(q.shape, torch.float32, device.type)[name]:
+        q, k, v = q.half(), k.half(), v.half()
+    skip_where_missing(candidate, q.shape, q.dtype)
+    scale, dout = 64**-0.5, seeded(q.shape, q.dtype, device)
+    out, lse = attention.forward(q, k, v, scale)
+    whole = attention.backward(dout, q, k, v, out, lse, scale)
+    parts = [
+        attention.backward(dout, q, k[:, keys], v[:, keys], out, lse, scale)
+        for keys in (slice(None, 31), slice(31, None))
+    ]
+    dq, dk, dv = parts[0][0] + parts[1][0], *(torch.cat(both, dim=1) for both in list(zip(*parts, strict=True))[1:])
+    tolerance = 4 * torch.finfo(q.dtype).eps
+    for ours, expected in zip((dq, dk, dv), whole, strict=True):
+        assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash", "triton"])
+def test_wide_results_are_not_rounded(name):
+    q, k, v = (x.detach() for x in qkv(40, 50, 64, torch.bfloat16))
+    skip_where_missing((name, q.device), q.shape, q.dtype)
+    dout = seeded(q.shape, torch.bfloat16, "cpu")
+    exact_leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    exact_out, *_ = formula(*exact_leaves, 0.125)
+    exact = [exact_out.detach(), *torch.autograd.grad(exact_out, exact_leaves, dout.double())]
+    errors = {}
+    with backend.forced({"attention": name}):
+        for wide in (False, True):
+            out, lse = attention.forward(q, k, v, 0.125, wide=wide)
+            results = [out, *attention.backward(dout, q, k, v, out, lse, 0.125, wide=wide)]
+            assert {x.dtype for x in results} == {torch.float32 if wide else torch.bfloat16}
+            errors[wide] = [float((x - y).norm()) for x, y in zip(results, exact, strict=True)]
+    assert all(wide < narrow for wide, narrow in zip(errors[True], errors[False], strict=True))
+
+
+def test_without_a_gradient_of_lse_there_is_none_to_work_on(monkeypatch):
+    seen = []
+    original = attention.backward
+    monkeypatch.setattr(
+        attention, "backward", lambda *args, dlse, **kw: seen.append(dlse) or original(*args, dlse=dlse, **kw)
+    )
+    leaves = qkv(5, 6, 16, torch.float32)
+    compiled = torch.compile(lambda *x: attention.attention(*x)[0], fullgraph=True, backend="aot_eager")
+    for function in (lambda *x: attention.attention(*x)[0], compiled):
+        out = function(*leaves)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert seen == [None, None]
+    _, lse = attention.attention(*leaves)
+    torch.autograd.grad(lse, leaves, torch.ones_like(lse))
+    assert seen[2].shape == lse.shape
+
+
+def test_opcheck_of_plain_attention():
+    for dlse in (None, torch.randn(1, 2, 5)):
+        q, k, v = qkv(5, 6, 16, torch.float32)
+        torch.library.opcheck(attention._attention, (q, k, v, 0.25))
+        out, lse = attention.forward(q.detach(), k.detach(), v.detach(), 0.25)
+        saved = (torch.randn_like(out), q.detach(), k.detach(), v.detach(), out, lse, 0.25, dlse)
+        torch.library.opcheck(attention._attention_backward, saved)
+
+
+def test_shapes_are_known_without_data():
+    q, k, v = (x.detach().to("meta") for x in qkv(5, 6, 16, torch.bfloat16))
+    out, lse = attention.attention(q, k, v)
+    assert (out.shape, out.dtype) == (q.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == ((1, 2, 5), torch.float32)
+
+
+def test_plain_attention_compiles_into_one_node():
+    leaves = qkv(5, 6, 16, torch.float32)
+    compiled = torch.compile(attention.attention, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(*leaves), attention.attention(*leaves), strict=True):
+        assert torch.equal(ours, expected)
+    ours = torch.autograd.grad(sum(x.sum() for x in compiled(*leaves)), leaves)
+    expected = torch.autograd.grad(sum(x.sum() for x in attention.attention(*leaves)), leaves)
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_lse_is_what_a_shifted_softmax_says():
+    """Adding c to every score adds c to lse and leaves out as it is."""
+    q, k, v = (x.detach() for x in qkv(5, 6, 16, torch.float64))
+    q[..., 0], k[..., 0] = 1, 0
+    out, lse = attention.attention(q, k, v, scale=0.5)
+    k[..., 0] = 6
+    moved_out, moved_lse = attention.attention(q, k, v, scale=0.5)
+    torch.testing.assert_close(moved_out, out)
+    torch.testing.assert_close(moved_lse, lse + 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, "q is"),
+        ({"k": torch.zeros(1, 6, 2, 8)}, "k is"),
+        ({"k": torch.zeros(1, 6, 3, 16)}, "k is"),
+        ({"v": torch.zeros(1, 5, 2, 16)}, "v is"),
+        ({"v": torch.zeros(1, 6, 2, 16, dtype=torch.float64)}, "v is torch.float64"),
+        ({"q": torch.zeros(1, 5, 2, 16, dtype=torch.int64)}, "q is torch.int64"),
+        ({"k": torch.zeros(1, 6, 16, 2).transpose(2, 3)}, "k has stride"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"scale": float("nan")}, "scale is nan"),
+        (dict.fromkeys("qkv", torch.zeros(1, 5, 2, 257)), "257 channels"),
+    ],
+)
+def test_names_what_is_outside_of_the_envelope(change, named):
+    arguments = {"q": torch.zeros(1, 5, 2, 16), "k": torch.zeros(1, 6, 2, 16), "v": torch.zeros(1, 6, 2, 16)} | change
+    scale = arguments.pop("scale", None)
+    with pytest.raises(ValueError, match=named):
+        attention.attention(*arguments.values(), scale=scale)
+
+
+MEMORY = """
+import resource, sys, torch
+from opensora_fast.kernels import attention_reference as reference
+tokens, heads, reference.BLOCK_ELEMENTS = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+small = torch.randn(1, 8, heads, 128)
+def run(q):
+    out, lse = reference.attention_reference(q, q, q)
+    reference.attention_backward_reference(out, q, q, q, out, lse)
+run(small)
+q = torch.randn(1, tokens, heads, 128)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(q)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "block", "limit_mib"),
+    [
+        (3000, 2, 1 << 20, 64),  # all scores at once: 69 MiB, and the backward has three such
+        pytest.param(20000, 4, attention_reference.BLOCK_ELEMENTS, 2048, marks=pytest.mark.slow),
+    ],
+)
+def test_the_reference_holds_a_block_of_scores_at_a_time(tokens, heads, block, limit_mib):
+    arguments = [sys.executable, "-c", MEMORY, str(tokens), str(heads), str(block)]
+    kib = int(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
+    assert kib < limit_mib * 1024
+
+
+# With norm and rotation.
+
+
+each_backend = pytest.mark.parametrize("name", ["reference", "cpu_flash", "triton"])
 
 
 def inputs(lengths, dtype, B=2, strided=False):
@@ -76,8 +401,42 @@ def test_forward_and_gradients(name, dtype, lengths, strided, assert_as_exact):
         assert_as_exact(f"result {number}", *(tensor.detach() for tensor in tensors))
 
 
-@each_backend
-def test_gradients_in_float64(name):
+@pytest.mark.parametrize("lengths", [(5,), (3, 7)], ids=str)
+def test_norm_and_rotation_in_the_kernel_are_those_of_the_pass_before_it(monkeypatch, lengths):
+    leaves, tables = inputs(lengths, torch.float32)
+    if reason := launch.missing("cpu"):
+        pytest.skip(reason)
+    results = {}
+    for fused_form in (True, False):
+        monkeypatch.setattr(attention.attention_triton, "favours_fusion", lambda *of, form=fused_form: form)
+        with backend.forced({"attention": "triton"}):
+            out = fused(leaves, tables)
+            results[fused_form] = out, *torch.autograd.grad(out, leaves, torch.ones_like(out))
+    for one, other in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused_form", [True, False], ids=["fused", "pre-pass"])
+def test_launches_are_recorded_without_data(monkeypatch, fused_form):
+    """What is compiled ahead of time, and counted: the same code path on tensors that hold nothing."""
+    monkeypatch.setattr(attention.attention_triton, "favours_fusion", lambda *of: fused_form)
+    streams = [torch.empty(1, T, 3, 2, 64, dtype=torch.bfloat16, device="meta") for T in (3, 7)]
+    scales = [(torch.empty(64, dtype=torch.bfloat16, device="meta"),) * 2 for _ in streams]
+    table = torch.empty(10, 32, device="meta")
+    with launch.recorded() as launches, backend.forced({"attention": "triton", "qk_norm_rope": "triton"}):
+        if reason := launch.missing("meta"):
+            pytest.skip(reason)
+        out, lse = attention.forward_streams(streams, scales, table, table, 1e-6)
+        forward = len(launches)
+        d_streams, _ = attention.backward_streams(out, streams, scales, table, table, out, lse, 1e-6)
+    assert (out.shape, lse.shape) == ((1, 10, 2, 64), (1, 2, 10))
+    assert [d.shape for d in d_streams] == [stream.shape for stream in streams]
+    assert forward == (1 if fused_form else 3)
+    assert len(launches) > forward
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu_flash"])  # Triton's own test has fewer numbers to vary
+def test_gradients_with_norm_and_rotation_in_float64(name):
     leaves, tables = inputs((2, 3), torch.float64, B=1)
     with backend.forced({"attention": name}):
         assert torch.autograd.gradcheck(lambda *leaves: fused(leaves, tables), leaves)
@@ -87,6 +446,10 @@ def test_opcheck():
     leaves, tables = inputs((2, 3), torch.float32)
     for split in (False, True):
         torch.library.opcheck(attention._rope_attention, (leaves[:2], leaves[2:], *tables, 1e-6, split))
+        streams, scales = ([leaf.detach() for leaf in part] for part in (leaves[:2], leaves[2:]))
+        *outs, lse = attention._rope_attention(streams, scales, *tables, 1e-6, split)
+        saved = ([torch.randn_like(out) for out in outs], streams, scales, *tables, outs, lse, 1e-6)
+        torch.library.opcheck(attention._rope_attention_backward, saved)
 
 
 def test_compiles_into_one_node():
@@ -109,6 +472,13 @@ def test_keeps_the_projections_and_its_output_alone():
     allowed = {t.data_ptr() for t in (*leaves, *tables, out)}
     others = [tensor for pointer, tensor in kept.items() if pointer not in allowed]
     assert [tuple(tensor.shape) for tensor in others] == [(2, H, 10)], "the log-sum-exp"
+
+
+def test_a_part_that_nothing_depends_on_has_no_gradient():
+    leaves, tables = inputs((3, 7), torch.float32)
+    joint, (txt, _) = fused(leaves, tables), split_rope_attention(*leaves, *tables)
+    expected = torch.autograd.grad(joint[:, :3].sum(), leaves)
+    assert all(map(torch.equal, torch.autograd.grad(txt.sum(), leaves), expected))
 
 
 def test_split_is_the_joint_result_in_parts_that_are_kept_once():
@@ -150,19 +520,136 @@ def test_gradients_of_any_layout_are_taken():
     assert all(map(torch.equal, *both))
 
 
-def test_choose_says_why(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    shape = (1, 8, 2, 128)
-    assert attention.selected(shape, torch.bfloat16, "cpu")[0] == "cpu_flash"
-    missing = attention.missing_backends(shape, torch.bfloat16, "cuda")
-    assert attention.choose(shape, torch.bfloat16, "cuda", missing)[0] == "cudnn"
-    for other, dtype, named in (((1, 8, 2, 128), torch.float32, "float32"), ((1, 8, 2, 36), torch.float16, "36")):
-        missing = attention.missing_backends(other, dtype, "cuda")
-        name, reason = attention.choose(other, dtype, "cuda", missing)
-        assert name == "reference"
-        assert named in reason
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    assert "cuDNN" in attention.missing_backends(shape, torch.bfloat16, "cuda")["cudnn"]
+WIDE_HEAD, NARROW_HEAD = (1, 8, 2, 128), (1, 8, 2, 64)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """hopper(flash version or "") makes the choice believe in a CUDA device of that architecture."""
+
+    def pretend(flash="", capability=(9, 0)):
+        monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+        monkeypatch.setattr(attention_libraries, "capability", lambda: capability)
+        versions = {"flash-attn-4": flash}
+        monkeypatch.setattr(attention_libraries, "installed_version", lambda name: versions.get(name, ""))
+
+    return pretend
+
+
+def test_choose_on_the_cpu():
+    assert attention.selected(WIDE_HEAD, torch.bfloat16, "cpu")[0] == "cpu_flash"
+    assert attention.selected(WIDE_HEAD, torch.bfloat16, "mps") == (
+        "reference",
+        "there is no attention kernel for mps tensors",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [WIDE_HEAD, NARROW_HEAD, (1, 8, 2, 96)])
+def test_choose_takes_cudnn_where_it_can(hopper, shape, dtype):
+    hopper(flash="4.0.0")
+    name, reason = attention.selected(shape, dtype, "cuda")
+    assert (name, "not yet measured" in reason) == ("cudnn", True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "flash", "chosen", "named"),
+    [
+        ((1, 8, 2, 256), torch.bfloat16, "4.0.0b36", "flash", "flash-attn-4 4.0.0b36"),
+        ((1, 8, 2, 36), torch.bfloat16, "4.0.0b36", "triton", "multiple of 8 channels"),
+        ((1, 8, 2, 36), torch.bfloat16, "", "triton", "no FlashAttention for sm_90 is installed"),
+        (WIDE_HEAD, torch.float32, "", "triton", "not torch.float32"),
+        ((1, 8, 2, 256), torch.float32, "", "reference", "256"),
+        (WIDE_HEAD, torch.float64, "", "reference", "float64"),
+    ],
+)
+def test_choose_passes_on_what_cudnn_refuses(hopper, shape, dtype, flash, chosen, named):
+    if chosen == "triton" and (reason := launch.missing("cuda")):
+        pytest.skip(reason)
+    hopper(flash)
+    name, reason = attention.selected(shape, dtype, "cuda")
+    assert name == chosen
+    assert named in reason
+
+
+def test_choose_never_takes_gluon_of_itself(hopper):
+    hopper()
+    missing = dict.fromkeys(("reference", "cudnn", "flash", "triton", "gluon"), "")
+    for away in ((), ("cudnn",), ("cudnn", "flash"), ("cudnn", "flash", "triton")):
+        known = missing | dict.fromkeys(away, "away")
+        assert attention.choose(WIDE_HEAD, torch.bfloat16, "cuda", known)[0] != "gluon"
+    assert "gluon by name alone" in attention.choose(WIDE_HEAD, torch.bfloat16, "cuda", missing)[1]
+
+
+def test_choose_passes_over_what_has_no_order_where_order_is_asked_for(hopper):
+    hopper()
+    torch.use_deterministic_algorithms(True)
+    try:
+        missing = attention.missing_backends(WIDE_HEAD, torch.bfloat16, "cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "use_deterministic_algorithms" in missing["cudnn"]
+
+
+@pytest.mark.parametrize("tokens", [(1, 5), (5, 1)], ids=["one query", "one key"])
+def test_cudnn_is_not_asked_for_lone_tokens(monkeypatch, tokens):
+    monkeypatch.setattr(
+        attention, "missing_backends", lambda *of: dict.fromkeys(("reference", "cudnn", "flash", "triton", "gluon"), "")
+    )
+    monkeypatch.setattr(attention, "choose", lambda *of: ("cudnn", ""))
+    monkeypatch.setattr(attention_libraries, "cudnn_forward", None)
+    monkeypatch.setattr(attention_libraries, "cudnn_backward", None)
+    leaves = qkv(*tokens, 64, torch.bfloat16)
+    attention.attention(*leaves)[0].sum().backward()
+
+
+def test_choose_passes_over_an_older_gpu(hopper):
+    hopper(capability=(7, 5))
+    assert "sm_75" in attention.missing_backends(WIDE_HEAD, torch.bfloat16, "cuda")["cudnn"]
+
+
+def test_the_choice_says_where_a_gradient_of_lse_goes(hopper):
+    hopper()
+    missing = dict.fromkeys(("reference", "cudnn", "flash", "triton", "gluon"), "")
+    assert "a gradient of lse is triton's" in attention.choose(WIDE_HEAD, torch.bfloat16, "cuda", missing)[1]
+    assert "gradient of lse" not in attention.choose(NARROW_HEAD, torch.bfloat16, "cuda", missing)[1]
+    narrow = attention.choose_backward("cudnn", 120, missing, with_dlse=True)
+    assert narrow == ("cudnn", "as the forward")
+    assert attention.choose_backward("cudnn", 128, missing, with_dlse=False)[0] == "cudnn"
+    name, reason = attention.choose_backward("cudnn", 128, missing, with_dlse=True)
+    assert (name, "128" in reason) == ("triton", True)
+    name, reason = attention.choose_backward("cudnn", 128, missing | {"triton": "away"}, with_dlse=True)
+    assert (name, reason) == ("reference", "away")
+
+
+def test_the_gradient_of_lse_of_a_wide_head_is_run_by_triton(monkeypatch):
+    """The candidates behind it, as they would be called; the CPU's own stands in for both."""
+    called = []
+
+    def stand_in(name, function):
+        def run(*args, wide=False, **kwargs):
+            called.append(name)
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(
+        attention, "missing_backends", lambda *of: dict.fromkeys(("reference", "cudnn", "flash", "triton"), "")
+    )
+    monkeypatch.setattr(attention, "choose", lambda *of: ("cudnn", ""))
+    library = attention_libraries
+    monkeypatch.setattr(library, "cudnn_forward", stand_in("cudnn", library.cpu_flash_forward))
+    monkeypatch.setattr(library, "cudnn_backward", stand_in("cudnn", library.cpu_flash_backward))
+    monkeypatch.setattr(
+        attention.attention_triton, "attention_backward", stand_in("triton", library.cpu_flash_backward)
+    )
+    for K, expected in ((128, ["cudnn", "cudnn", "cudnn", "triton"]), (120, ["cudnn"] * 4)):
+        leaves = qkv(5, 6, K, torch.bfloat16)
+        for outputs in (1, 2):
+            results = attention.attention(*leaves)[:outputs]
+            torch.autograd.grad(results, leaves, [torch.ones_like(x) for x in results])
+        assert called == expected
+        called.clear()
 
 
 @pytest.mark.gpu
@@ -203,7 +690,11 @@ def test_opcheck_on_the_gpu():
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
 def test_cost_counts_every_tensor_once(mode):
-    cost = attention.cost(2, 10, H, K, torch.bfloat16, mode)
-    tensor, lse = 2 * 10 * H * K * 2, 2 * H * 10 * 4
-    assert cost.bytes == (4 if mode == "forward" else 8) * tensor + lse
-    assert cost.flops == (2 if mode == "forward" else 5) * 2 * 2 * H * 10 * 10 * K
+    for keys in (10, 4):
+        cost = attention.cost(2, 10, H, K, torch.bfloat16, mode, key_tokens=keys)
+        queries, lse = 2 * 10 * H * K * 2, 2 * H * 10 * 4
+        assert cost.bytes == (2 if mode == "forward" else 4) * (queries + queries * keys // 10) + lse
+        assert cost.flops == (2 if mode == "forward" else 5) * 2 * 2 * H * 10 * keys * K
+    assert attention.cost(2, 10, H, K, torch.bfloat16, mode) == attention.cost(
+        2, 10, H, K, torch.bfloat16, mode, key_tokens=10
+    )

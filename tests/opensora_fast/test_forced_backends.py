@@ -8,6 +8,7 @@ from opensora_fast.released import load_released_dc_ae, load_released_mmdit, to_
 
 TRITON = dict.fromkeys(
     (
+        "attention",
         "modulated_norm",
         "gated_residual",
         "gated_linear",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import finite_watch
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import (
     AutoencoderRecipe,
@@ -175,6 +176,20 @@ def test_a_spoilt_loss_or_gradient_alone_leaves_all_state_as_it_was(tmp_path: Pa
 def test_too_many_non_finite_steps_in_a_row_stop_the_run_and_name_the_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"3 steps in a row.*step 6 on clip-5\.mp4"):
         _train(tmp_path, Regression(spoil=[1, 3, 4, 5]))
+
+
+def test_an_op_that_gave_nan_is_named_in_the_row_and_in_the_error(tmp_path: Path) -> None:
+    class Watched(Regression):
+        def loss(self, batch: SimpleNamespace, generator: torch.Generator) -> tuple[Tensor, int]:
+            lse = torch.tensor([1.0, float("nan") if batch.value in self.spoil else 2.0])
+            finite_watch.observe("attention", "cudnn", "log-sum-exp", lse)
+            return super().loss(batch, generator)
+
+    with pytest.raises(UserError, match=r"log-sum-exp of attention on cudnn.*OPENSORA_FAST_BACKEND=attention:triton"):
+        _train(tmp_path, Watched(spoil=[1, 3, 4, 5]))
+    rows = read_metrics(tmp_path)
+    assert all("log-sum-exp" in row["complaint"] for row in rows if row["kind"] == "skipped")
+    assert not any("complaint" in row for row in rows if row["kind"] == "step")
 
 
 def test_skipped_clips_are_said_at_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
