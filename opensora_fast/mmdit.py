@@ -10,6 +10,7 @@ and v (and the MLP of a single block), rotation by half-split pairs (i, i + K/2)
 
 Shapes    B batch; N video tokens; L text tokens; S = L + N, text first; C channels of a video token; D hidden size;
           H heads; K channels of a head; K2 = K / 2; M hidden size of the MLP; R rows of a modulation.
+Ranks     With a `ContextParallel`, N and L count this rank's tokens and S = L + N; attention alone meets the others'.
 Numerics  Weights, activations and the residual stream have one dtype; inputs are cast to it. In float32 (float64 for a
           float64 model): norm statistics, modulation, rotation and its angles, the timestep embedding.
 Source    Open-Sora 2.0 (arXiv 2503.09642, section 3.2), Stable Diffusion 3 (arXiv 2403.03206) and FLUX.
@@ -28,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.kernels.attention import single_rope_attention, split_rope_attention
+from opensora_fast.kernels import attention, context_parallel
+from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.kernels.gated_linear import gelu_linear_gated_residual
 from opensora_fast.kernels.gated_residual import gated_residual_modulated_norm_linear
 from opensora_fast.kernels.modulated_norm import modulated_norm_linear, modulated_norm_split_linear
@@ -119,6 +121,7 @@ class MMDiT(nn.Module):
         modulation: Modulation | None = None,
         checkpoint_double: int = 0,
         checkpoint_single: int = 0,
+        context: ContextParallel | None = None,
     ) -> Tensor:
         """Velocity [B, N, C] of the noised tokens, in the dtype of the weights.
 
@@ -131,6 +134,10 @@ class MMDiT(nn.Module):
             modulation: from `self.modulation`, one row per item; timesteps, y_vec and guidance are then unused.
             checkpoint_double, checkpoint_single: so many blocks, from the first, keep no activations and run again in
                 the backward; beyond the depth means all.
+            context: the ranks that share each sequence. img, img_ids, txt, txt_ids and cond are then this rank's tokens
+                of it (`sequence_shards.shard`; there may be none), and so is the velocity; the other arguments are
+                alike on all ranks. A gradient of a parameter is this rank's part of a sum over the ranks. With
+                `context.with_lengths(...)` the ranks need not ask each other for the lengths in every block.
 
         Raises UserError naming an argument that is missing, refused or misshapen.
         """
@@ -151,12 +158,12 @@ class MMDiT(nn.Module):
 
         for i, block in enumerate(self.double_blocks):
             run = recomputed(block) if i < checkpoint_double else block
-            img_BND, txt_BLD = run(img_BND, txt_BLD, rope, modulation.double[i] if modulation else vec_BD)
+            img_BND, txt_BLD = run(img_BND, txt_BLD, rope, modulation.double[i] if modulation else vec_BD, context)
 
         x_BSD = torch.cat((txt_BLD, img_BND), dim=1)
         for i, block in enumerate(self.single_blocks):
             run = recomputed(block) if i < checkpoint_single else block
-            x_BSD = run(x_BSD, rope, modulation.single[i] if modulation else vec_BD)
+            x_BSD = run(x_BSD, rope, modulation.single[i] if modulation else vec_BD, context)
 
         return self.final_layer(x_BSD[:, txt_BLD.shape[1] :], modulation.final if modulation else vec_BD)
 
@@ -215,6 +222,23 @@ class MMDiT(nn.Module):
             _check_shape("modulation", modulation.final.shift_BD, rows, "select one row per item with Modulation.rows")
 
 
+class Attention(NamedTuple):
+    """Norm, rotation and attention of the two kinds of blocks, as in `kernels.attention`."""
+
+    split_rope: Callable[..., tuple[Tensor, Tensor]]
+    single_rope: Callable[..., Tensor]
+
+
+def attention_over(context: ContextParallel | None) -> Attention:
+    """Attention of tokens that are all here, or over those of all ranks of a context."""
+    if context is None:
+        return Attention(attention.split_rope_attention, attention.single_rope_attention)
+    return Attention(
+        partial(context_parallel.split_rope_attention, context=context),
+        partial(context_parallel.single_rope_attention, context=context),
+    )
+
+
 class Embedder(nn.Module):
     """Linear, SiLU, linear: [B, in_channels] -> [B, D]."""
 
@@ -251,7 +275,12 @@ class DoubleBlock(nn.Module):
         return DoubleModulation(img=self.img.modulate(vec_BD), txt=self.txt.modulate(vec_BD))
 
     def forward(
-        self, img_BND: Tensor, txt_BLD: Tensor, rope: Rope, modulation: Tensor | DoubleModulation
+        self,
+        img_BND: Tensor,
+        txt_BLD: Tensor,
+        rope: Rope,
+        modulation: Tensor | DoubleModulation,
+        context: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`modulation` is the block's own, or the vector [B, D] to compute it from."""
         if isinstance(modulation, Tensor):
@@ -260,7 +289,7 @@ class DoubleBlock(nn.Module):
         img_qkv = self.img.project(img_BND, modulation.img.attention)
         (txt_q_scale, txt_k_scale), (img_q_scale, img_k_scale) = self.txt.qk_scale, self.img.qk_scale
         cos, sin = rope
-        txt_attention, img_attention = split_rope_attention(
+        txt_attention, img_attention = attention_over(context).split_rope(
             txt_qkv, img_qkv, txt_q_scale, txt_k_scale, img_q_scale, img_k_scale, cos, sin, eps=EPS
         )
         return (
@@ -333,7 +362,9 @@ class SingleBlock(nn.Module):
     def modulate(self, vec_BD: Tensor) -> AdaLN:
         return AdaLN(*self.modulation(vec_BD).chunk(3, dim=-1))
 
-    def forward(self, x_BSD: Tensor, rope: Rope, modulation: Tensor | AdaLN) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, modulation: Tensor | AdaLN, context: ContextParallel | None = None
+    ) -> Tensor:
         """`modulation` is the block's own, or the vector [B, D] to compute it from."""
         if isinstance(modulation, Tensor):
             modulation = self.modulate(modulation)
@@ -348,7 +379,7 @@ class SingleBlock(nn.Module):
         )
         qkv_BS3HK = qkv.unflatten(-1, (3, -1, self.head_dim))
         (q_scale, k_scale), (cos, sin) = self.qk_scale, rope
-        attention_BSHK = single_rope_attention(qkv_BS3HK, q_scale, k_scale, cos, sin, eps=EPS)
+        attention_BSHK = attention_over(context).single_rope(qkv_BS3HK, q_scale, k_scale, cos, sin, eps=EPS)
         return gelu_linear_gated_residual(
             x_BSD,
             hidden_BSM,

@@ -3,6 +3,9 @@
     clip -> latent x0;  x_t = (1 - t) x0 + (1 - (1 - s)(1 - t)) x1;  loss = mean |model(x_t, t, text, condition) - ((1 -
     s) x1 - x0)|^2
 
+Over several ranks that share a batch, each makes the same draws, encodes a part of the clips and prompts, and computes
+the loss of its own video tokens; the mean over all of them is the sum of these parts, weighted by their numbers.
+
 B batch, C latent channels, T latent frames, H W latent size, N video tokens, L text tokens, D features.
 Source: paper section 4.2 and the released code, which differs from it in sign and in the shift (see
 `opensora_fast.flow`).
@@ -29,11 +32,13 @@ from opensora_fast.checkpoint_folder import (
 from opensora_fast.conditions import condition_tokens, draw_condition, training_condition
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sample_timesteps, shift_alpha
+from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.kernels.flow_mix import flow_mix, velocity_loss
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import patchify, position_ids_THW
 from opensora_fast.prompts import with_suffix
 from opensora_fast.sampling import sample
+from opensora_fast.sequence_shards import joint_lengths, shard, total
 from opensora_fast.text import TextEncoders
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import DiffusionRecipe, recipe_to_dict
@@ -41,12 +46,24 @@ from opensora_fast.train.feeds import fixed_feed, training_feed
 from opensora_fast.train.loader import Batch
 from opensora_fast.train.loop import train
 from opensora_fast.train.metrics import mean
+from opensora_fast.train.shared_encoding import (
+    FLOPS_PER_PROMPT,
+    SharedAutoencoder,
+    SharedEncoding,
+    Work,
+    clips_work,
+    require_alike,
+)
 from opensora_fast.train.stand_ins import resolve_autoencoder, resolve_text
 from opensora_fast.video_io import write_image, write_video
 
 
 class VelocityTask:
-    """What the loop needs of a diffusion run: the module to train, a loss, a held-out evaluation."""
+    """What the loop needs of a diffusion run: the module to train, a loss, a held-out evaluation.
+
+    With a `context`, all of its ranks are given the same batches and generators; their gradients are parts of one sum,
+    which `gradient_reduction.reduce_gradients` adds up before the optimiser's step.
+    """
 
     @staticmethod
     def architecture(recipe: dict) -> dict:
@@ -61,6 +78,7 @@ class VelocityTask:
         text: TextEncoders,
         device: torch.device,
         dtype: torch.dtype,
+        context: ContextParallel | None = None,
     ) -> None:
         self.recipe = recipe
         self.model = model
@@ -68,18 +86,26 @@ class VelocityTask:
         self.text = text
         self.device = device
         self.dtype = dtype
+        self.context = context if context is not None and context.size > 1 else None
+        self._encode = SharedEncoding(self.context, device)
+        self._null: tuple[Tensor, ...] | None = None
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """Mean squared velocity error of one batch (fp32 scalar) and its number of tokens, text included.
 
-        All randomness is drawn from `generator` (a CPU one, so that every device sees the same draws).
+        All randomness is drawn from `generator` (a CPU one, so that every device sees the same draws). Over several
+        ranks, both figures are those of the whole batch; the loss's gradient is this rank's part.
         """
         config = self.recipe.model
+        if self.context is not None:  # the device is waited for, but at the beginning of a step it has nothing to do
+            given = (tuple(batch.video_BCTHW.shape), batch.paths, batch.text, generator.get_state().tolist())
+            require_alike("batch or generator", repr(given), self.context, self.device)
         video_BCTHW = batch.video_BCTHW.to(self.device)
+        conditions = self._draw_conditions(video_BCTHW, generator)
+        keep_2B = torch.rand(2, len(batch.text), generator=generator) >= self.recipe.text.dropout
         with torch.no_grad():
-            latent_BCTHW = self.autoencoder.encode(video_BCTHW).float()
-            cond_BND = self._condition(video_BCTHW, latent_BCTHW, generator)
-            txt_BLD, vec_BD = self._text(batch, generator)
+            latent_BCTHW, txt_BLD, vec_BD = self._encode_batch(video_BCTHW, batch, keep_2B)
+            cond_BND = self._condition(video_BCTHW, latent_BCTHW, conditions)
         batch_size, _, frames, rows, columns = latent_BCTHW.shape
         tokens_per_frame = rows * columns // config.patch_size**2
         t_B = sample_timesteps(batch_size, shift_alpha(tokens_per_frame, frames), generator).to(self.device)
@@ -87,18 +113,23 @@ class VelocityTask:
         mixed_BCTHW, velocity_BCTHW = flow_mix(latent_BCTHW, noise_BCTHW, t_B)
         img_BND, target_BND = (patchify(x_BCTHW, config.patch_size) for x_BCTHW in (mixed_BCTHW, velocity_BCTHW))
         ids_N3 = position_ids_THW(frames, rows // config.patch_size, columns // config.patch_size).to(self.device)
+        video, text = img_BND.shape[1], txt_BLD.shape[1]
+        context = self.context
+        if context is not None:
+            context = context.with_lengths(joint_lengths(text, video, context.size))
         velocity_BND = self.model(
-            img_BND.to(self.dtype),
-            ids_N3.expand(batch_size, -1, -1),
-            txt_BLD.to(self.dtype),
-            torch.zeros(*txt_BLD.shape[:2], 3, device=self.device),
+            self._part(img_BND.to(self.dtype)),
+            self._part(ids_N3.expand(batch_size, -1, -1)),
+            self._part(txt_BLD.to(self.dtype)),
+            self._part(torch.zeros(batch_size, text, 3, device=self.device)),
             t_B,
             vec_BD.to(self.dtype),
-            cond=None if cond_BND is None else cond_BND.to(self.dtype),
+            cond=None if cond_BND is None else self._part(cond_BND.to(self.dtype)),
             checkpoint_double=self.recipe.parallel.checkpoint_double,
             checkpoint_single=self.recipe.parallel.checkpoint_single,
+            context=context,
         )
-        return velocity_loss(velocity_BND, target_BND), batch_size * (img_BND.shape[1] + txt_BLD.shape[1])
+        return self._mean_error(velocity_BND, target_BND), batch_size * (video + text)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -110,27 +141,65 @@ class VelocityTask:
                 losses.append(self.loss(batch, generator)[0].item())
         return {"loss": mean(losses)} if losses else {}
 
-    def _condition(self, video_BCTHW: Tensor, latent_BCTHW: Tensor, generator: torch.Generator) -> Tensor | None:
+    def _part(self, x_BND: Tensor) -> Tensor:
+        """This rank's tokens."""
+        return x_BND if self.context is None else shard(x_BND, self.context.rank, self.context.size)
+
+    def _mean_error(self, velocity_BND: Tensor, target_BND: Tensor) -> Tensor:
+        """The mean over all video tokens, from this rank's velocities; its gradient is this rank's part of the whole's.
+
+        The weight of a part is no power of two: it is multiplied in float32, where the loss's own backward would round
+        it to the velocity's dtype.
+        """
+        if self.context is None:
+            return velocity_loss(velocity_BND, target_BND)
+        wide_BND = velocity_BND.to(torch.promote_types(velocity_BND.dtype, torch.float32))
+        if not wide_BND.numel():  # of no tokens there is no mean; the zero keeps this rank in the others' backward
+            return total(wide_BND.sum(), self.context)
+        weight = wide_BND.shape[1] / target_BND.shape[1]
+        return total(velocity_loss(wide_BND, self._part(target_BND)) * weight, self.context)
+
+    def _draw_conditions(self, video_BCTHW: Tensor, generator: torch.Generator) -> list[str]:
+        """The condition of every clip; none where the model takes none."""
         if not self.recipe.model.cond_embed:
-            return None
+            return []
         frames, compression = video_BCTHW.shape[2], self.autoencoder.compression[0]
-        names = [
+        return [
             draw_condition(self.recipe.condition_weights, frames, self.autoencoder.causal, generator, compression)
             for _ in range(video_BCTHW.shape[0])
         ]
-        mask_B1THW, reference_BCTHW = training_condition(self.autoencoder, video_BCTHW, latent_BCTHW, names)
+
+    def _condition(self, video_BCTHW: Tensor, latent_BCTHW: Tensor, conditions: list[str]) -> Tensor | None:
+        if not self.recipe.model.cond_embed:
+            return None
+        autoencoder = self.autoencoder if self.context is None else SharedAutoencoder(self.autoencoder, self._encode)
+        mask_B1THW, reference_BCTHW = training_condition(autoencoder, video_BCTHW, latent_BCTHW, conditions)
         return condition_tokens(mask_B1THW, reference_BCTHW, self.recipe.model.patch_size)
 
-    def _text(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _encode_batch(self, video_BCTHW: Tensor, batch: Batch, keep_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents (fp32), T5 embeddings and CLIP vectors; the empty prompt's where `keep_2B` (T5, CLIP) is false."""
         prompts = [
             with_suffix(text, fps, motion)
             for text, fps, motion in zip(batch.text, batch.fps.tolist(), batch.motion, strict=True)
         ]
-        txt_BLD, vec_BD = self.text.encode(prompts)
-        null_txt_1LD, null_vec_1D = self.text.null()
+        works = [
+            clips_work(self.autoencoder, video_BCTHW),
+            Work(
+                signature=("text",),
+                count=len(prompts),
+                cost=FLOPS_PER_PROMPT,
+                encode=lambda items: self.text.encode(prompts[items]),
+            ),
+        ]
+        if self._null is None:
+            works.append(Work(signature=("null",), count=1, cost=FLOPS_PER_PROMPT, encode=lambda _: self.text.null()))
+        (latent_BCTHW,), (txt_BLD, vec_BD), *null = self._encode(works)
+        self._null = self._null or null[0]
+        null_txt_1LD, null_vec_1D = self._null
         # T5 and CLIP are dropped independently, each with the same probability
-        keep_2B = (torch.rand(2, len(prompts), generator=generator) >= self.recipe.text.dropout).to(txt_BLD.device)
+        keep_2B = keep_2B.to(txt_BLD.device)
         return (
+            latent_BCTHW.float(),
             torch.where(keep_2B[0, :, None, None], txt_BLD, null_txt_1LD),
             torch.where(keep_2B[1, :, None], vec_BD, null_vec_1D),
         )

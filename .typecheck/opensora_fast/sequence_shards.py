@@ -1,0 +1,1 @@
+../../opensora_fast/sequence_shards.py
