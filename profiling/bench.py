@@ -8,6 +8,8 @@ and a large product's rate, measured in the same run. The op allocates its outpu
     opensora-fast bench [OP ...] [--providers ours,eager,...] [--out rows.jsonl]     time and append rows
     opensora-fast bench --aot [OP ...]                                               compile for sm_90, check the budget
     opensora-fast bench --report rows.jsonl [...] [--html FILE]                      table and picture from rows
+    opensora-fast bench --blocks                                                     what a block keeps, moves, launches
+    opensora-fast bench --timeline [--html FILE]                                     one block on four ranks, modelled
     opensora-fast bench --yardstick [--out rows.jsonl]                               copy and launch ceilings by CuPy
 """
 
@@ -30,6 +32,7 @@ from torch import Tensor
 
 from opensora_fast.arguments import Parser
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import backend
 from opensora_fast.profiling import bench_report, ledger, providers
 from opensora_fast.profiling.case import SIZES, Case, Outputs
 from opensora_fast.profiling.cases import CASES
@@ -171,13 +174,13 @@ class Run:
     seconds: float
 
     def row(self, case: Case, mode: str, provider: str, **of: Any) -> Row:
-        backend = {"backend": case.backend(self.device.type)[0]} if provider == "ours" else {}
+        ran = {"backend": case.backend(self.device.type)[0]} if provider == "ours" else {}
         return {
             "schema": ledger.SCHEMA,
             "op": case.op,
             "case": case.name,
             "provider": provider,
-            **backend,
+            **ran,
             "mode": mode,
             "shapes": {name: list(shape) for name, shape in case.shapes.items()},
             "dtype": str(case.dtype).removeprefix("torch."),
@@ -287,8 +290,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--aot", action="store_true", help="compile the Triton kernels for sm_90, check their budget")
     parser.add_argument("--update-budget", action="store_true", help="with --aot: take today's figures as the budget")
     parser.add_argument("--report", type=Path, nargs="+", metavar="ROWS", help="table and picture from these rows")
-    parser.add_argument("--html", type=Path, help="with --report: the file to write (ROWS with .html by default)")
+    parser.add_argument("--html", type=Path, help="with --report (by default ROWS with .html) or --timeline: the page")
     parser.add_argument("--blocks", action="store_true", help="count what a block keeps, moves and launches; no timing")
+    parser.add_argument("--timeline", action="store_true", help="model one block on four ranks; no timing")
     parser.add_argument("--yardstick", action="store_true", help="copy and launch ceilings by CuPy")
     options = parser.parse_args(argv)
     for op in options.op:
@@ -317,6 +321,22 @@ def _cases(options: argparse.Namespace, size: str) -> list[Case]:
     return cases
 
 
+def _runnable(cases: Sequence[Case], device_type: str) -> list[Case]:
+    """All but the candidates that cannot run here; each of those is named once, with the reason."""
+    kept, reasons = [], {}
+    for case in cases:
+        try:
+            with backend.forced(case.forced):
+                case.backend(device_type)
+        except ValueError as error:
+            reasons[case.op, case.candidate] = str(error)
+        else:
+            kept.append(case)
+    for reason in reasons.values():
+        print(f"not timed: {reason}")
+    return kept
+
+
 def main(argv: list[str]) -> int:
     """Do what the arguments say; returns the exit code, 1 when an op is red or a kernel is over its budget."""
     options = _parse(argv)
@@ -331,6 +351,10 @@ def main(argv: list[str]) -> int:
         from opensora_fast.profiling import block
 
         return block.main()
+    if options.timeline:
+        from opensora_fast.profiling import context_timeline
+
+        return context_timeline.main(options.html)
     if options.yardstick:
         from opensora_fast.profiling import yardstick
 
@@ -346,7 +370,7 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"not timed: {'; '.join(f'{name}: {reason}' for name, reason in missing.items())}")
     if not names:
         raise UserError("--providers: none of them can run here")
-    cases = _cases(options, size)
+    cases = _runnable(_cases(options, size), device.type)
     run = Run(device=device, machine=this_machine(), size=size, seconds=options.seconds)
     gated = options.gate if options.gate is not None else device.type == "cuda"
     if not gated:
@@ -379,7 +403,8 @@ def _rows_of(case: Case, names: Sequence[str], run: Run, *, gated: bool, red: st
         reason = gate(case.op, run.device.type)
     elif gated and "ours" in names:
         print(f"gate: tests/kernels/test_{case.op}.py or pytest is not here", file=sys.stderr)
-    rows = list(run.not_timed(case, "ours", "red", reason) if reason else measure(case, names, run))
+    with backend.forced(case.forced):
+        rows = list(run.not_timed(case, "ours", "red", reason) if reason else measure(case, names, run))
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     if out is not None:

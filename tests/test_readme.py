@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from opensora_fast.config import MMDIT_PRESETS
+from opensora_fast.profiling import context_timeline
 from opensora_fast.profiling.block import SHAPES, table
 
 ROOT = Path(__file__).parents[1]
@@ -78,3 +79,15 @@ def test_the_table_of_blocks_is_what_is_counted() -> None:
     (shape, *_) = SHAPES.values()
     for row in table(MMDIT_PRESETS["open-sora-v2"], shape):
         assert f"| {' | '.join(row)} |" in README
+
+
+def test_the_table_of_sequences_on_several_ranks_is_what_is_modelled() -> None:
+    for name, shape in context_timeline.SHAPES.items():
+        double = [view for view in context_timeline.views(shape) if view.kind == "double"]
+        for scheme in context_timeline.SCHEMES:
+            timelines = [view.timelines[scheme] for view in double]
+            sums = [
+                sum(getattr(of, figure) for of in timelines) * 1e3 for figure in ("total_s", "exposed_s", "hidden_s")
+            ]
+            row = [name.split(":")[0], scheme, *(f"{ms:.2f} ms" for ms in sums)]
+            assert f"| {' | '.join(row)} |" in README
