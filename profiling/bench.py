@@ -32,7 +32,6 @@ from torch import Tensor
 
 from opensora_fast.arguments import Parser
 from opensora_fast.errors import UserError
-from opensora_fast.kernels import backend
 from opensora_fast.profiling import bench_report, ledger, providers
 from opensora_fast.profiling.case import SIZES, Case, Outputs
 from opensora_fast.profiling.cases import CASES
@@ -154,14 +153,23 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * side**3 / seconds
 
 
-def _call(case: Case, mode: str, function: Callable[..., Outputs], inputs: Inputs) -> Callable[[], object]:
-    if mode != "backward":
-        detached = {name: tensor.detach() for name, tensor in inputs.items()}
-        return lambda: function(**detached)
+def _call(
+    case: Case, mode: str, provider: str, function: Callable[..., Outputs], inputs: Inputs
+) -> Callable[[], object]:
+    detached = {name: tensor.detach() for name, tensor in inputs.items()}
     leaves = [tensor for tensor in inputs.values() if tensor.requires_grad]
-    out = _outputs(function(**inputs))
-    gradients = [torch.randn_like(tensor) for tensor in out]
-    return lambda: torch.autograd.grad(out, leaves, gradients, retain_graph=True)
+    if mode == "backward":
+        with providers.within(provider, case):
+            out = _outputs(function(**inputs))
+        gradients = [torch.randn_like(tensor) for tensor in out]
+
+    def call() -> object:
+        with providers.within(provider, case):
+            if mode == "backward":
+                return torch.autograd.grad(out, leaves, gradients, retain_graph=True)
+            return function(**detached)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,13 +182,13 @@ class Run:
     seconds: float
 
     def row(self, case: Case, mode: str, provider: str, **of: Any) -> Row:
-        ran = {"backend": case.backend(self.device.type)[0]} if provider == "ours" else {}
+        backend = {"backend": case.backend(self.device.type)[0]} if provider == "ours" else {}
         return {
             "schema": ledger.SCHEMA,
             "op": case.op,
             "case": case.name,
             "provider": provider,
-            **ran,
+            **backend,
             "mode": mode,
             "shapes": {name: list(shape) for name, shape in case.shapes.items()},
             "dtype": str(case.dtype).removeprefix("torch."),
@@ -234,8 +242,9 @@ def measure(case: Case, names: Sequence[str], run: Run) -> Iterator[Row]:
     functions: dict[str, Callable[..., Outputs]] = {}
     for name in names:
         try:
-            function = providers.function(name, case)
-            wrong = "" if function is None or name == "eager" else judge.wrong(function)
+            function = providers.function(name, case, run.device.type)
+            with providers.within(name, case):
+                wrong = "" if function is None or name == "eager" else judge.wrong(function)
         except Exception as error:  # whatever a library raises on a call that it cannot do
             lines = str(error).strip().splitlines() or [""]
             yield from run.not_timed(case, name, "failed", f"{type(error).__name__}: {lines[0][:200]}")
@@ -259,7 +268,7 @@ def _timings(
     next call would pay for getting it again.
     """
     copy = _copy_of(case.cost(mode).bytes, run.device)
-    calls = {name: _call(case, mode, function, inputs) for name, function in functions.items()}
+    calls = {name: _call(case, mode, name, function, inputs) for name, function in functions.items()}
     if run.device.type == "cuda":
         return interleaved(calls | {"copy": copy}, run.device, seconds=run.seconds * len(calls))
     first = {name: call for name, call in calls.items() if name == "ours"} | {"copy": copy}
@@ -321,22 +330,6 @@ def _cases(options: argparse.Namespace, size: str) -> list[Case]:
     return cases
 
 
-def _runnable(cases: Sequence[Case], device_type: str) -> list[Case]:
-    """All but the candidates that cannot run here; each of those is named once, with the reason."""
-    kept, reasons = [], {}
-    for case in cases:
-        try:
-            with backend.forced(case.forced):
-                case.backend(device_type)
-        except ValueError as error:
-            reasons[case.op, case.candidate] = str(error)
-        else:
-            kept.append(case)
-    for reason in reasons.values():
-        print(f"not timed: {reason}")
-    return kept
-
-
 def main(argv: list[str]) -> int:
     """Do what the arguments say; returns the exit code, 1 when an op is red or a kernel is over its budget."""
     options = _parse(argv)
@@ -370,7 +363,7 @@ def _bench(options: argparse.Namespace) -> int:
         print(f"not timed: {'; '.join(f'{name}: {reason}' for name, reason in missing.items())}")
     if not names:
         raise UserError("--providers: none of them can run here")
-    cases = _runnable(_cases(options, size), device.type)
+    cases = _cases(options, size)
     run = Run(device=device, machine=this_machine(), size=size, seconds=options.seconds)
     gated = options.gate if options.gate is not None else device.type == "cuda"
     if not gated:
@@ -403,8 +396,7 @@ def _rows_of(case: Case, names: Sequence[str], run: Run, *, gated: bool, red: st
         reason = gate(case.op, run.device.type)
     elif gated and "ours" in names:
         print(f"gate: tests/kernels/test_{case.op}.py or pytest is not here", file=sys.stderr)
-    with backend.forced(case.forced):
-        rows = list(run.not_timed(case, "ours", "red", reason) if reason else measure(case, names, run))
+    rows = list(run.not_timed(case, "ours", "red", reason) if reason else measure(case, names, run))
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     if out is not None:

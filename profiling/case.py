@@ -66,7 +66,7 @@ class Case:
     """One call to time. `function` and `composite` take the inputs by name and agree in what they return.
 
     cost: mode -> Cost.  backend: device type -> (backend, reason).
-    candidate: the backend that the whole case is forced to, where several are compared; "" leaves the choice to the op.
+    candidates: backends of the op that are timed beside the one that it chooses, each as a provider of its own.
     baselines: provider -> the same call by another library, made when asked for.
     """
 
@@ -86,16 +86,11 @@ class Case:
     baselines: Mapping[str, Callable[[], Callable[..., Outputs]]] = field(default_factory=dict)
     layout: str = "contiguous_format"
     exact: torch.dtype = torch.float64  # what `composite` is computed in to judge both
-    candidate: str = ""
+    candidates: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: of.shape for name, of in self.inputs.items()}
-
-    @property
-    def forced(self) -> dict[str, str]:
-        """What the case runs within: `backend.forced`'s argument."""
-        return {self.op: self.candidate} if self.candidate else {}
 
     def make(self, device: torch.device | str) -> dict[str, Tensor]:
         """Random inputs, the same at every call."""

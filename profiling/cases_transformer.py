@@ -382,7 +382,7 @@ def _pinned_to_cudnn(composite: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-CANDIDATES = ("cudnn", "flash", "triton", "gluon")  # of attention on a GPU
+CANDIDATES = ("flash", "triton", "gluon")  # of attention on a GPU, beside cuDNN
 
 
 def _products(size: Size) -> list[tuple[str, tuple[int, int, int, int]]]:
@@ -400,31 +400,42 @@ def _products(size: Size) -> list[tuple[str, tuple[int, int, int, int]]]:
     return [*shapes, (f"768px clip, heads of one of {RANKS} ranks", gathered)]
 
 
-def _candidates(size: Size) -> Iterator[Case]:
-    """Each implementation of attention by itself, without norm and rotation."""
-    for stage, shape in _products(size):
-        inputs = {name: Input(shape=shape, dtype=BF16) for name in ("q", "k", "v")}
-        for candidate in CANDIDATES:
-            yield Case(
-                op="attention",
-                name=f"attention {stage}, {candidate}",
-                dtype=BF16,
-                inputs=inputs,
-                function=lambda q, k, v: attention_op.attention(q, k, v)[0],
-                composite=_attention,
-                cost=partial(attention_op.cost, *shape, BF16),
-                backend=partial(attention_op.selected, shape, BF16),
-                matrix=True,
-                baselines={"cudnn": partial(_pinned_to_cudnn, _attention)},
-                exact=torch.float32,  # as below
-                candidate=candidate,
-            )
+def _attention_case(
+    name: str,
+    shape: tuple[int, int, int, int],
+    function: Callable[..., Tensor],
+    composite: Callable[..., Tensor],
+    inputs: Any,
+) -> Case:
+    """shape: [B, S, H, K] of all streams together."""
+    return Case(
+        op="attention",
+        name=name,
+        dtype=BF16,
+        inputs=inputs,
+        function=function,
+        composite=composite,
+        cost=partial(attention_op.cost, *shape, BF16),
+        backend=partial(attention_op.selected, shape, BF16),
+        matrix=True,
+        baselines={"cudnn": partial(_pinned_to_cudnn, composite)},
+        candidates=CANDIDATES,
+        exact=torch.float32,  # in float64 PyTorch would write out the scores
+    )
+
+
+def _alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_op.attention(q, k, v)[0]
 
 
 def attention(size: Size) -> list[Case]:
+    """Alone, without a gradient of the log-sum-exp, and with norm and rotation as the blocks call it."""
     cases = []
     op, model = attention_op, size.model()
     H, K, M = model.num_heads, model.head_dim, model.mlp_size
+    for stage, shape in _products(size):
+        inputs = {name: Input(shape=shape, dtype=BF16) for name in ("q", "k", "v")}
+        cases.append(_attention_case(f"attention {stage}", shape, _alone, _attention, inputs))
     for tokens in sequences(size):
         forms: list[tuple[str, Any, Any, dict[str, Input]]] = [
             ("rope_attention", op.rope_attention, _attended, _joint_inputs(tokens, BF16, H, K)),
@@ -436,23 +447,10 @@ def attention(size: Size) -> list[Case]:
             ),
         ]
         for name, function, composite, inputs in forms:
-            q_shape = (tokens.batch, tokens.all, H, K)
-            cases.append(
-                Case(
-                    op="attention",
-                    name=f"{name} {tokens.stage}",
-                    dtype=BF16,
-                    inputs=inputs,
-                    function=by_name(function, list(inputs), eps=EPS),
-                    composite=composite,
-                    cost=partial(op.cost, *q_shape, BF16),
-                    backend=partial(op.selected, q_shape, BF16),
-                    matrix=True,
-                    baselines={"cudnn": partial(_pinned_to_cudnn, composite)},
-                    exact=torch.float32,  # in float64 PyTorch would write out the scores
-                )
-            )
-    return cases + list(_candidates(size))
+            call = by_name(function, list(inputs), eps=EPS)
+            shape = (tokens.batch, tokens.all, H, K)
+            cases.append(_attention_case(f"{name} {tokens.stage}", shape, call, composite, inputs))
+    return cases
 
 
 # The sum of a ring's blocks.

@@ -1,4 +1,5 @@
-"""Who can do a call besides us: the eager composite, torch.compile of it, and the libraries that are installed.
+"""Who can do a call besides us: the eager composite, torch.compile of it, the libraries that are installed, and those
+of our own backends that an op passed over.
 
 A library is imported when it is asked for. Whether it computes what the composite does is checked before it is timed,
 as our own op is, so that a library that changed its mind is named and not timed.
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import backend
 from opensora_fast.profiling.case import Case, Outputs
 
 # provider -> the module that it needs, and the command that adds it
@@ -21,12 +24,13 @@ LIBRARIES = {
     "cudnn": ("torch", ""),
     "fused": ("torch", ""),  # torch's own fused optimiser
 }
-PROVIDERS = ("ours", "eager", "compile", *LIBRARIES)
+CANDIDATES = ("flash", "triton", "gluon")  # backends of an op of ours, by their names there
+PROVIDERS = ("ours", "eager", "compile", *LIBRARIES, *CANDIDATES)
 
 
 def missing(provider: str, device_type: str) -> str:
     """Why a provider cannot run here, "" when it can."""
-    if provider in ("ours", "eager"):
+    if provider in ("ours", "eager", *CANDIDATES):  # what a candidate lacks depends on the call, and `doctor` tells it
         return ""
     if provider == "compile":
         if device_type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -61,8 +65,15 @@ def choose(asked: str | None, device_type: str) -> tuple[list[str], dict[str, st
     return [name for name in names if not reasons[name]], {name: why for name, why in reasons.items() if why}
 
 
-def function(provider: str, case: Case) -> Callable[..., Outputs] | None:
-    """The call of a case by a provider; None when the provider has no such call."""
+def within(provider: str, case: Case) -> AbstractContextManager[None]:
+    """What every call of a case by a provider is made in, forward and backward."""
+    return backend.forced({case.op: provider} if provider in case.candidates else {})
+
+
+def function(provider: str, case: Case, device_type: str) -> Callable[..., Outputs] | None:
+    """The call of a case by a provider; None when the provider has no such call, or is a candidate that cannot run."""
+    if provider in CANDIDATES:
+        return case.function if _runs(provider, case, device_type) else None
     if provider == "ours":
         return case.function
     if provider == "eager":
@@ -71,6 +82,18 @@ def function(provider: str, case: Case) -> Callable[..., Outputs] | None:
         return None if case.mutates else _compiled(case.composite)
     make = case.baselines.get(provider)
     return None if make is None else make()
+
+
+def _runs(candidate: str, case: Case, device_type: str) -> bool:
+    """Whether it can, and is not what the op chooses anyway."""
+    if candidate not in case.candidates or case.backend(device_type)[0] == candidate:
+        return False
+    try:
+        with within(candidate, case):
+            case.backend(device_type)
+    except ValueError:
+        return False
+    return True
 
 
 def _compiled(composite: Callable[..., Outputs]) -> Callable[..., Outputs]:

@@ -51,6 +51,7 @@ OPS = (
     "flow_mix",
     "lse_merge",
 )
+PROVIDERS = "ours,eager,liger,quack,cudnn,fused,flash,triton,gluon"  # torch.compile is slow to start, and comes last
 CUDA_OPS = ("pixel_shuffle", "adamw")  # with a CUDA kernel of ours, which compute-sanitizer watches
 PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "compile", "report")
 # Seconds a process.
@@ -266,7 +267,7 @@ def timing(suite: Suite, ops: Sequence[str]) -> None:
 
     def run(op: str) -> Result:
         red = [result for result in suite.results if result.part == f"test {op}" and result.status == "red"]
-        words = [op, *(["--dtype", "bfloat16"] if suite.dry else ["--providers", "ours,eager,liger,quack,cudnn,fused"])]
+        words = [op, *(["--dtype", "bfloat16"] if suite.dry else ["--providers", PROVIDERS])]
         words += ["--red", red[0].words or "its tests are red"] if red else []
         result = suite.run(f"time {op}", bench(suite, *words), limit=LIMITS["time"])
         return replace(result, status="skipped", words="its tests are red") if red else result

@@ -140,6 +140,26 @@ def test_a_provider_that_fails_does_not_stop_the_others(tiny, monkeypatch, tmp_p
     assert sum(row["provider"] == "ours" for row in rows) == 2
 
 
+def test_a_candidate_runs_forward_and_backward_on_its_backend(tiny, monkeypatch, tmp_path):
+    ran = set()
+
+    def watched(h, x):
+        out = tiny.function(h=h, x=x)
+        ran.add(("forward", tiny.backend("cpu")[0]))
+        if out.requires_grad:
+            out.register_hook(lambda grad: ran.add(("backward", tiny.backend("cpu")[0])))
+        return out
+
+    case = dataclasses.replace(tiny, function=watched, candidates=("triton", "gluon"))
+    monkeypatch.setattr(bench, "CASES", {"pixel_shuffle": lambda size: [case]})
+    assert _run("--providers", "ours,triton,gluon", "--out", str(tmp_path / "rows.jsonl")) == 0
+    rows = ledger.read([tmp_path / "rows.jsonl"])
+    chosen = tiny.backend("cpu")[0]
+    assert chosen != "triton"
+    assert {row["provider"] for row in rows} == {"ours", "triton", "copy"}, "gluon cannot run here"
+    assert ran == {(mode, name) for mode in ("forward", "backward") for name in (chosen, "triton")}
+
+
 def test_the_page_stands_alone_and_escapes(tiny, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     _run("--out", str(out))
