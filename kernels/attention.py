@@ -23,14 +23,16 @@ Numerics    q, k, v and out in the dtype of the inputs, softmax, lse and sums in
 Envelope    float32, bfloat16, float16, float64; K 1 to 256, channels contiguous; `rope_attention` that of
             `qk_norm_rope`. Each candidate has its own, and `choose` passes over those that it leaves out.
 Gradients   in q, k, v and lse. A backward that takes no gradient of lse gets it in 8 more channels, exactly
-            (`attention_libraries`); where there is no room for them (cuDNN: K over 120) that call's backward is
+            (`attention_libraries`); where they would not do (cuDNN: K over 120, or float16) that call's backward is
             triton's. Without a gradient of lse none of this happens.
+Replaced    such a backward, and cuDNN for a lone query or key: by triton, or by the reference where triton cannot.
+            It is told once. Of no queries or no keys everything is the reference's.
 Saved       attention: q, k, v, out, lse. rope_attention: every stream's qkv, the scales, the tables, out and lse, 4 U
             (U = one [B, S, H * K] tensor), where keeping q, k and v as well would be 7 U of a double block and 6 of a
             single one. The price is one more pass of norm and rotation, 2 % of the attention's time at 8,960 tokens
             (modelled, not measured).
 Determinism bitwise equal over runs: reference, cpu_flash, triton, and every forward. Not the backward of cudnn, flash
-            and gluon, which add dq in any order; under `torch.use_deterministic_algorithms` cudnn is passed over and
+            and gluon, which add dq in any order; under `torch.use_deterministic_algorithms` cudnn and gluon refuse and
             flash takes its slower, ordered form.
 Source      Open-Sora 2.0 (arXiv 2503.09642, section 3.2); FlashAttention-2 (arXiv 2307.08691) for the backward.
 """
@@ -39,6 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,23 +65,30 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 1, 256
 # Choice of the candidate.
 
 
-def missing_backends(shape: Sequence[int], dtype: torch.dtype, device_type: str) -> dict[str, str]:
+def missing_backends(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> dict[str, str]:
     """The candidates for q of `shape` [B, S, H, K], each with why it cannot run; an empty reason means that it can."""
+    device = torch.device(device)
     found = {"reference": ""}
-    if device_type == "cpu":
+    if device.type == "cpu":
         found["cpu_flash"] = ""
-    elif device_type == "cuda":
-        device = libraries.capability()
-        found["cudnn"] = libraries.missing_cudnn(shape, dtype, device)
-        found["flash"] = libraries.missing_flash(shape, dtype, device)
-    found["triton"] = attention_triton.missing(shape, dtype, device_type)
-    if device_type != "cpu":
-        found["gluon"] = attention_gluon.missing(shape, dtype, device_type)
+    elif device.type == "cuda":
+        capability = libraries.capability(device)
+        found["cudnn"] = libraries.missing_cudnn(shape, dtype, capability)
+        found["flash"] = libraries.missing_flash(shape, dtype, capability)
+    found["triton"] = attention_triton.missing(shape, dtype, device.type)
+    if device.type != "cpu":
+        found["gluon"] = attention_gluon.missing(shape, dtype, device.type)
     return found
 
 
-def choose(shape: Sequence[int], dtype: torch.dtype, device_type: str, missing: Mapping[str, str]) -> tuple[str, str]:
-    """(candidate, reason); pure. Never gluon, which no GPU has shown to be correct yet."""
+def choose(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device_type: str,
+    missing: Mapping[str, str],
+    flash: str = "FlashAttention",
+) -> tuple[str, str]:
+    """(candidate, reason); pure. Never gluon, which no GPU has shown to be correct yet. flash: its name and version."""
     if device_type == "cpu":
         return "cpu_flash", "CPU tensors: PyTorch's tiled attention, which returns the log-sum-exp"
     if device_type != "cuda":
@@ -87,63 +97,90 @@ def choose(shape: Sequence[int], dtype: torch.dtype, device_type: str, missing: 
         return "reference", "float64 is for checking gradients"
     if not missing["cudnn"]:
         told = ["fastest published forward and backward on H200; not yet measured here"]
-        of_lse, _ = choose_backward("cudnn", shape[-1], missing, with_dlse=True)
-        if of_lse != "cudnn":
-            told.append(f"a gradient of lse is {of_lse}'s")
+        if libraries.missing_dlse("cudnn", shape[-1], dtype, None):
+            told.append(f"a gradient of lse is {_replacement(missing)}'s")
         if not missing["gluon"]:
             told.append("gluon by name alone, until a GPU has shown it to be correct")
         return "cudnn", "; ".join(told)
     if not missing["flash"]:
-        return "flash", f"{libraries.flash_name(libraries.capability())}; {missing['cudnn']}"
+        return "flash", f"{flash}; {missing['cudnn']}"
     if not missing["triton"]:
         return "triton", f"{missing['cudnn']}; {missing['flash']}"
-    return "reference", missing["triton"]
+    return "reference", _why_none_is_fast(missing)
 
 
-def choose_backward(name: str, K: int, missing: Mapping[str, str], *, with_dlse: bool) -> tuple[str, str]:
-    """(candidate, reason) of the backward of a call whose forward runs on `name`; the same one wherever it can."""
-    refused = libraries.missing_dlse(name, K, libraries.capability()) if with_dlse else ""
-    if not refused:
-        return name, "as the forward"
-    return ("reference", missing["triton"]) if missing["triton"] else ("triton", refused)
+def _why_none_is_fast(missing: Mapping[str, str]) -> str:
+    return "; ".join(missing[name] for name in ("cudnn", "flash", "triton") if missing.get(name))
 
 
-def selected(shape: Sequence[int], dtype: torch.dtype, device_type: str) -> tuple[str, str]:
+def _replacement(missing: Mapping[str, str]) -> str:
+    """The candidate of a call that the selected one cannot take."""
+    return "reference" if missing["triton"] else "triton"
+
+
+def selected(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> tuple[str, str]:
     """(candidate, reason) of a call with such a q, with OPENSORA_FAST_BACKEND obeyed."""
-    missing = missing_backends(shape, dtype, device_type)
-    return backend.select("attention", choose(shape, dtype, device_type, missing), missing)
+    return _selected(shape, dtype, torch.device(device))[0]
 
 
-def _backend(shape: Sequence[int], x: Tensor) -> str:
+def _selected(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[str, str], Mapping[str, str]]:
+    """The same, and what `missing_backends` says."""
+    missing = missing_backends(shape, dtype, device)
+    flash = libraries.flash_name(libraries.capability(device))
+    return backend.select("attention", choose(shape, dtype, device.type, missing, flash), missing), missing
+
+
+class Selection(NamedTuple):
+    """The candidate of a call, and what `missing_backends` says of all: found once and passed on."""
+
+    name: str
+    missing: Mapping[str, str]
+
+
+def _select(shape: Sequence[int], x: Tensor) -> Selection:
     """For q of `shape`, of the dtype and on the device of x."""
-    missing = missing_backends(shape, x.dtype, x.device.type)
-    return backend.announced("attention", selected(shape, x.dtype, x.device.type), missing)
+    choice, missing = _selected(shape, x.dtype, x.device)
+    return Selection(backend.announced("attention", choice, {"all": _why_none_is_fast(missing)}), missing)
 
 
-def _backward_backend(q_BSHK: Tensor, *, with_dlse: bool) -> str:
-    missing = missing_backends(q_BSHK.shape, q_BSHK.dtype, q_BSHK.device.type)
-    choice = choose_backward(_backend(q_BSHK.shape, q_BSHK), q_BSHK.shape[-1], missing, with_dlse=with_dlse)
-    return backend.announced("attention", choice, missing)
+def _candidate(selection: Selection, q: Tensor, k: Tensor, *, with_dlse: bool = False) -> str:
+    """Of one call: the selected one wherever it can. On nothing all but the reference fail."""
+    name, missing = selection
+    if not (q.numel() and k.numel()):
+        return "reference"
+    refused = ""
+    if name == "cudnn" and 1 in (q.shape[1], k.shape[1]):
+        refused = "cuDNN refuses a lone query or key, or has given NaN for it"
+    elif with_dlse:
+        refused = libraries.missing_dlse(name, q.shape[-1], q.dtype, libraries.capability(q.device))
+    if not refused:
+        return name
+    reasons = "; ".join(filter(None, (refused, missing["triton"])))
+    backend.warn_once(f"attention runs {_replacement(missing)}, not {name}: {reasons}")
+    return _replacement(missing)
 
 
 # By the selected candidate, for use within other ops.
 
 
 def forward(
-    q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, scale: float, *, wide: bool = False
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, wide: bool = False, selection: Selection | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S, H, K], lse [B, H, S]), contiguous. wide: out in float32 from all but cudnn and flash."""
-    name = _backend(q_BSHK.shape, q_BSHK)
-    if _is_for_the_reference(name, q_BSHK, k_BTHK):
-        return attention_reference(q_BSHK, k_BTHK, v_BTHK, scale, wide=wide)
+    name = _candidate(selection or _select(q.shape, q), q, k)
+    if name == "reference":
+        return attention_reference(q, k, v, scale, wide=wide)
     if name == "triton":
-        return attention_triton.attention_forward(q_BSHK, k_BTHK, v_BTHK, scale, wide=wide)
+        return attention_triton.attention_forward(q, k, v, scale, wide=wide)
     if name == "gluon":
-        return attention_gluon.attention_forward(q_BSHK, k_BTHK, v_BTHK, scale, wide=wide)
-    run = getattr(libraries, f"{name}_forward")
-    out_BSHK, lse_BHS = run(*_operands(name, wide, q_BSHK, k_BTHK, v_BTHK), scale)
-    finite_watch.observe("attention", name, "log-sum-exp", lse_BHS)
-    return out_BSHK, lse_BHS
+        out, lse = attention_gluon.attention_forward(q, k, v, scale, wide=wide)
+    else:
+        run = getattr(libraries, f"{name}_forward")
+        out, lse = run(*_operands(name, wide, q, k, v), scale)
+    finite_watch.observe("attention", name, "log-sum-exp", lse)
+    return out, lse
 
 
 def backward(
@@ -157,14 +194,15 @@ def backward(
     *,
     dlse: Tensor | None = None,
     wide: bool = False,
+    selection: Selection | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), contiguous, by the lse and out that are given; `wide` as in the forward.
 
     With the lse and out of a longer row of keys: the share of these keys in dq, and their dk and dv.
     """
-    name = _backward_backend(q, with_dlse=dlse is not None)
+    name = _candidate(selection or _select(q.shape, q), q, k, with_dlse=dlse is not None)
     saved = (dout, q, k, v, out)
-    if _is_for_the_reference(name, q, k):
+    if name == "reference":
         return attention_backward_reference(*saved, lse, scale, dlse=dlse, wide=wide)
     if name == "triton":
         return attention_triton.attention_backward(*saved, lse, scale, dlse=dlse, wide=wide)
@@ -173,11 +211,6 @@ def backward(
     q, k, v, dout, out = _operands(name, wide, q, k, v, dout, out)
     run = getattr(libraries, f"{name}_backward")
     return run(dout, q, k, v, out, lse, scale, dlse=dlse)
-
-
-def _is_for_the_reference(name: str, q: Tensor, k: Tensor) -> bool:
-    """Also of nothing, which the others fail on; and of a lone key or query, where cuDNN refuses or has given NaN."""
-    return name == "reference" or not (q.numel() and k.numel()) or (name == "cudnn" and 1 in (q.shape[1], k.shape[1]))
 
 
 def _operands(library: str, wide: bool, q: Tensor, *others: Tensor) -> list[Tensor]:
@@ -190,10 +223,12 @@ def forward_streams(
     streams: Sequence[Tensor], scales: Sequence[ScalePair], cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(out [B, S, H, K] of all streams, lse [B, H, S]) from their projections."""
-    if _takes_streams(streams) and attention_triton.favours_fusion(*_joint_shape(streams)):
+    shape = _joint_shape(streams)
+    selection = _select(shape, streams[0])
+    if selection.name == "triton" and 0 not in shape and attention_triton.favours_fusion(*shape):
         return attention_triton.rope_attention_forward(streams, scales, cos, sin, eps)
     q_BSHK, k_BSHK, v_BSHK = _norm_and_rotate(streams, scales, cos, sin, eps)
-    return forward(q_BSHK, k_BSHK, v_BSHK, q_BSHK.shape[-1] ** -0.5)
+    return forward(q_BSHK, k_BSHK, v_BSHK, q_BSHK.shape[-1] ** -0.5, selection=selection)
 
 
 def backward_streams(
@@ -206,26 +241,26 @@ def backward_streams(
     lse_BHS: Tensor,
     eps: float,
 ) -> tuple[list[Tensor], list[ScalePair]]:
-    """The gradient of every stream's projection and of every pair of scales."""
-    if _takes_streams(streams):
+    """The gradient of every stream's projection and of every pair of scales; triton's at any length in one pass."""
+    shape = _joint_shape(streams)
+    selection = _select(shape, streams[0])
+    if selection.name == "triton" and 0 not in shape:
         return attention_triton.rope_attention_backward(dout_BSHK, streams, scales, cos, sin, out_BSHK, lse_BHS, eps)
     q_BSHK, k_BSHK, v_BSHK = _norm_and_rotate(streams, scales, cos, sin, eps)
-    gradients = backward(dout_BSHK, q_BSHK, k_BSHK, v_BSHK, out_BSHK, lse_BHS, q_BSHK.shape[-1] ** -0.5)
+    saved = (dout_BSHK, q_BSHK, k_BSHK, v_BSHK, out_BSHK, lse_BHS)
+    gradients = backward(*saved, q_BSHK.shape[-1] ** -0.5, selection=selection)
     d_streams, d_scales = qk_norm_rope.backward_streams(*gradients, streams, scales, cos, sin, eps, 1)
-    observe_gradients(streams, d_scales)
+    observe_gradients(streams, d_scales, selection.name)
     return d_streams, d_scales
 
 
-def observe_gradients(streams: Sequence[Tensor], d_scales: Sequence[ScalePair]) -> None:
-    """Let the finite watch see dq and dk of the streams: in the gradients of the scales, their sums over all tokens."""
-    name = _backend(_joint_shape(streams), streams[0])
+def observe_gradients(streams: Sequence[Tensor], d_scales: Sequence[ScalePair], name: str = "") -> None:
+    """Let the finite watch see dq and dk of the streams: in the gradients of the scales, their sums over all tokens.
+
+    name: of the candidate that gave them, the selected one if it is left out.
+    """
+    name = name or _select(_joint_shape(streams), streams[0]).name
     finite_watch.observe("attention", name, "gradients of q and k", *(x for pair in d_scales for x in pair))
-
-
-def _takes_streams(streams: Sequence[Tensor]) -> bool:
-    """Whether the candidate can apply norm and rotation itself; its backward then does so at any length."""
-    shape = _joint_shape(streams)
-    return 0 not in shape and _backend(shape, streams[0]) == "triton"
 
 
 def _joint_shape(streams: Sequence[Tensor]) -> tuple[int, int, int, int]:
@@ -369,14 +404,23 @@ def attention(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, scale: float | 
     contiguous, K up to 256. scale: K^-1/2 by default. Differentiable in q, k and v through both results; keeps all
     five. ValueError names an argument outside of the envelope.
     """
-    _check(q_BSHK, k_BTHK, v_BTHK)
-    scale = q_BSHK.shape[-1] ** -0.5 if scale is None else scale
-    if not (math.isfinite(scale) and scale > 0):
+    check_qkv(q_BSHK, k_BTHK, v_BTHK)
+    return _attention(q_BSHK, k_BTHK, v_BTHK, check_scale(scale, q_BSHK.shape[-1]))
+
+
+def check_scale(scale: float | None, K: int) -> float:
+    """`scale`, by default that of K channels; ValueError where it is none."""
+    if scale is None:
+        return K**-0.5
+    if isinstance(scale, Tensor):
+        raise ValueError("scale is a tensor; it must be a number: call .item()")
+    if not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}; it must be above 0 and finite")
-    return _attention(q_BSHK, k_BTHK, v_BTHK, scale)
+    return scale
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError names an argument outside of the envelope."""
     for name, x, tokens in (("q", q, "query tokens"), ("k", k, "key tokens"), ("v", v, "key tokens")):
         if x.dim() != 4:
             raise ValueError(f"{name} is {list(x.shape)}; it must be [batch, {tokens}, heads, channels]")

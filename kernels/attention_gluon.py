@@ -45,13 +45,15 @@ Barriers    An mbarrier counts arrivals and bytes; a phase ends when both are co
 Shapes      B batch, S query tokens, T key tokens, H heads, K channels of a head.
             q, out, dq [B, S, H, K];  k, v, dk, dv [B, T, H, K];  lse, dlse [B, H, S] float32.
 Numerics    bfloat16 or float16 in; products accumulate in float32, P and dS are rounded to the inputs' dtype for their
-            second product, all else is float32. `wide` gives float32 results, which are rounded once less.
+            second product, all else is float32. `wide` gives float32 results, which are rounded once less. A row with
+            lse -inf has no gradient.
 Envelope    compute capability 9.x, K = 128, scale > 0, B and H up to 65,535; S and T are arbitrary. TMA wants
             contiguous channels, other strides of a multiple of 16 bytes and an aligned start; what has none is copied.
 Registers   24 for a thread of the producer, 240 for one of the consumers, which the forward fills with S 64, out 64
             and P 32, and the backward with dk 64, dv 64, S^T, dP^T (later dq) 32 each, P^T and dS^T 16 each.
 Shared      160 KB forward: Q 32, K and V 2 x 32 each. 193 KB backward: K, V, 2 x (Q, dout), 2 x dS^T, dq 32 each.
-Determinism out, lse, dk and dv are bitwise equal over runs. dq is not: key tiles add to it in any order.
+Determinism out, lse, dk and dv are bitwise equal over runs. dq is not: key tiles add to it in any order. Under
+            `torch.use_deterministic_algorithms` `missing` refuses.
 Proved      On CPU: both kernels compile for sm_90a without a spill (`bench --aot`); and this very source, run under
             stand-ins for the hardware's asynchrony (tests/kernels/gluon_emulator.py), gives the right numbers in
             hundreds of orders of its threads, and hangs in none. No GPU has run them: that the layouts agree with the
@@ -91,6 +93,7 @@ else:
 
 DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIM = 128
+MAX_GRID = 65535  # blocks along each axis of a grid but the first
 CAPABILITY = 9  # wgmma exists on no other
 LOG2_E = 1 / math.log(2)
 
@@ -110,8 +113,13 @@ def missing(shape_of_q: Sequence[int], dtype: torch.dtype, device_type: str) -> 
         return _MISSING
     if dtype not in DTYPES:
         return f"the Gluon attention takes bfloat16 and float16, not {dtype}"
-    if shape_of_q[-1] != HEAD_DIM:
-        return f"the Gluon attention takes heads of {HEAD_DIM} channels, not {shape_of_q[-1]}"
+    B, _, H, K = shape_of_q
+    if K != HEAD_DIM:
+        return f"the Gluon attention takes heads of {HEAD_DIM} channels, not {K}"
+    if max(B, H) > MAX_GRID:
+        return f"the Gluon attention takes up to {MAX_GRID} samples and heads, not {B} and {H}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "torch.use_deterministic_algorithms is on, and the Gluon attention sums dq in any order"
     if device_type == "cpu":
         return "Gluon has no interpreter: its kernels do not run on CPU tensors"
     if device_type != "cuda":
@@ -333,7 +341,7 @@ def _row_terms_kernel(
     K: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """log2(e) * lse and -D of ROWS queries of a head, for queries that do not exist inf and 0: their P is then 0."""
+    """log2(e) * lse and -D of ROWS queries of a head; inf instead of lse where it is -inf or no query is: P is 0."""
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     query = program % tiles * ROWS + tl.arange(0, ROWS)
@@ -350,7 +358,7 @@ def _row_terms_kernel(
         minus_d += tl.load(dlse_ptr + row * queries + query, mask=exists, other=0)
     lse = tl.load(lse_ptr + row * queries + query, mask=exists, other=float("inf"))
     term_ptr = terms_ptr + program.to(tl.int64) * (2 * ROWS) + tl.arange(0, ROWS)
-    tl.store(term_ptr, lse * 1.4426950408889634)
+    tl.store(term_ptr, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634))
     tl.store(term_ptr + ROWS, minus_d)
 
 

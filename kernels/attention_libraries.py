@@ -7,8 +7,8 @@ cuDNN           by its own operator, never by the order in which `scaled_dot_pro
                 with a mask. Tensors are copied where their base or strides are not of whole 16 bytes, on which cuDNN
                 faults, or where heads lie outside of tokens: its plans are kept by the layout of q, k and v alone, and
                 out and dout always have the one layout here.
-FlashAttention  4 (`flash_attn.cute`), 3 (`flash_attn_interface`) or 2 (`flash_attn`), the newest that is installed and
-                runs on the device. Imported at the first call.
+FlashAttention  4 (`flash_attn.cute`, from 4.0.0b36 on), 3 (`flash_attn_interface`) or 2 (`flash_attn`), the newest that
+                is installed and runs on the device. Imported at the first call.
 cpu_flash       PyTorch's tiled attention on the CPU. Of float16 and bfloat16 its lse is off by some 5e-5 (measured; its
                 exponential is an approximation there), a tenth of what their rounding does to out.
 
@@ -17,7 +17,8 @@ The gradient of lse, where a library's backward has no place for it: K is padded
     out' = (out | 1 1 1 0 ..),   dout' = (dout | -a -b -c 0 ..),   q, k, v padded with zeros,   a + b + c = dlse
 
 and the backward's rowsum(dout' * out') = rowsum(dout * out) - dlse is what it subtracts from dP, which is what a
-gradient of lse does. a, b and c are dlse in pieces of q's dtype: of bfloat16 or float16 three make up float32.
+gradient of lse does. a, b and c are dlse in pieces of q's dtype: of bfloat16 three make up float32. A float16 is
+infinite above 65,504: with a gradient of lse the CPU computes in float32 then, and the GPU libraries refuse.
 
 Determinism     Forwards and cpu_flash are bitwise repeatable. The backward of cuDNN and FlashAttention sums dq in any
                 order; under `torch.use_deterministic_algorithms` cuDNN refuses, and FlashAttention keeps an order.
@@ -29,11 +30,13 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 CUDNN_MAX_HEAD_DIM = 128
@@ -48,9 +51,16 @@ Capability = tuple[int, int] | None  # of the device, (9, 0) for sm_90; None whe
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def capability() -> Capability:
-    """That of the current CUDA device."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+def capability(device: torch.device) -> Capability:
+    """That of a CUDA device, of the current one where it has no index."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 # The gradient of lse by padding.
@@ -110,7 +120,12 @@ def cpu_flash_backward(
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv)."""
-    return backward_with_dlse(_cpu_flash_backward, dout, q, k, v, out, lse, scale, dlse)
+    dtype = q.dtype
+    if dlse is not None and dtype == torch.float16:
+        dout, q, k, v, out = (x.float() for x in (dout, q, k, v, out))
+    gradients = backward_with_dlse(_cpu_flash_backward, dout, q, k, v, out, lse, scale, dlse)
+    dq, dk, dv = (x.to(dtype) for x in gradients)
+    return dq, dk, dv
 
 
 def _cpu_flash_backward(
@@ -163,7 +178,7 @@ def cudnn_backward(
     *,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); with `dlse` K is at most 120."""
+    """(dq, dk, dv); with `dlse` K is at most 120, and float16 infinite above 65,504."""
     return backward_with_dlse(_cudnn_backward, dout, q, k, v, out, lse, scale, dlse)
 
 
@@ -201,6 +216,7 @@ class FlashGeneration:
     """
 
     distribution: str
+    oldest: Version  # whose functions take the arguments below
     module: str
     devices: tuple[tuple[int, int], tuple[int, int]]
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -259,6 +275,7 @@ def _flash_2_backward(module, dout, q, k, v, out, lse, scale):
 FLASH_GENERATIONS = (
     FlashGeneration(
         distribution="flash-attn-4",
+        oldest=Version("4.0.0b36"),
         module="flash_attn.cute.interface",
         devices=((9, 0), (12, 9)),
         forward=_flash_4_forward,
@@ -267,6 +284,7 @@ FLASH_GENERATIONS = (
     ),
     FlashGeneration(
         distribution="flash-attn-3",
+        oldest=Version("3.0.0b1"),
         module="flash_attn_interface",
         devices=((9, 0), (9, 9)),
         forward=_flash_3_forward,
@@ -274,29 +292,31 @@ FLASH_GENERATIONS = (
     ),
     FlashGeneration(
         distribution="flash-attn",
+        oldest=Version("2.7"),
         module="flash_attn.flash_attn_interface",
         devices=((8, 0), (12, 9)),
         forward=_flash_2_forward,
         backward=_flash_2_backward,
     ),
 )
-INSTALL_FLASH = "`pip install -e '.[flash]'` adds version 4"
+INSTALL_FLASH = "`pip install -e '.[flash]'` adds version 4, from 4.0.0b36 on"
 
 
 @functools.cache
-def installed_version(distribution: str) -> str:
-    """Of a package; "" where it is not installed."""
+def installed_version(distribution: str) -> Version | None:
+    """Of a package, None where it is not installed."""
     try:
-        return metadata.version(distribution)
+        return Version(metadata.version(distribution))
     except metadata.PackageNotFoundError:
-        return ""
+        return None
 
 
 def flash_generation(device: Capability) -> FlashGeneration | None:
     """The newest FlashAttention that is installed and runs on the device."""
     for generation in FLASH_GENERATIONS:
         first, last = generation.devices
-        if installed_version(generation.distribution) and (device is None or first <= device <= last):
+        version = installed_version(generation.distribution)
+        if version and generation.oldest <= version and (device is None or first <= device <= last):
             return generation
     return None
 
@@ -304,23 +324,26 @@ def flash_generation(device: Capability) -> FlashGeneration | None:
 def missing_flash(shape: Sequence[int], dtype: torch.dtype, device: Capability) -> str:
     """Why FlashAttention cannot take q of `shape` [B, S, H, K], "" when it can."""
     K, limit = shape[-1], FLASH_MAX_HEAD_DIM if device is None or device < (10, 0) else 128
-    if flash_generation(device) is None:
-        where = "" if device is None else f" for sm_{device[0]}{device[1]}"
-        return f"no FlashAttention{where} is installed; {INSTALL_FLASH}"
     if dtype not in HALF_DTYPES:
         return f"FlashAttention takes bfloat16 and float16, not {dtype}"
     if K % 8 or limit < K:
         return f"FlashAttention takes heads of a multiple of 8 channels up to {limit}, not {K}"
+    if flash_generation(device) is None:
+        where = "" if device is None else f" for sm_{device[0]}{device[1]}"
+        return f"no FlashAttention{where} is installed; {INSTALL_FLASH}"
     return ""
 
 
-def missing_dlse(name: str, K: int, device: Capability) -> str:
+def missing_dlse(name: str, K: int, dtype: torch.dtype, device: Capability) -> str:
     """Why the backward of library `name` cannot take a gradient of lse for heads of K channels, "" when it can."""
-    generation = flash_generation(device)
-    if name == "flash" and generation is not None and generation.takes_dlse:
+    if name == "flash" and (generation := flash_generation(device)) and generation.takes_dlse:
         return ""
     limit = {"cudnn": CUDNN_MAX_HEAD_DIM, "flash": FLASH_MAX_HEAD_DIM}.get(name)
-    if limit is None or limit >= K + PADDED_CHANNELS:
+    if limit is None:
+        return ""
+    if dtype == torch.float16:
+        return f"{name} takes the gradient of lse in channels of q's dtype, and float16 is infinite above 65,504"
+    if limit >= K + PADDED_CHANNELS:
         return ""
     return f"{name} takes the gradient of lse in {PADDED_CHANNELS} more channels, and {limit} in all; a head has {K}"
 
@@ -331,8 +354,8 @@ def flash_name(device: Capability) -> str:
     return f"{generation.distribution} {installed_version(generation.distribution)}" if generation else "none"
 
 
-def _loaded_flash() -> tuple[FlashGeneration, ModuleType]:
-    generation = flash_generation(capability())
+def _loaded_flash(device: torch.device) -> tuple[FlashGeneration, ModuleType]:
+    generation = flash_generation(capability(device))
     if generation is None:
         raise ValueError(f"no FlashAttention is installed; {INSTALL_FLASH}")
     try:
@@ -344,10 +367,16 @@ def _loaded_flash() -> tuple[FlashGeneration, ModuleType]:
         ) from error
 
 
+def _current(device: torch.device) -> AbstractContextManager:
+    """Within, the GPU is the current one, whose streams and code FlashAttention takes."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
-    generation, module = _loaded_flash()
-    out, lse = generation.forward(module, _laid_out(q), _laid_out(k), _laid_out(v), scale)
+    generation, module = _loaded_flash(q.device)
+    with _current(q.device):
+        out, lse = generation.forward(module, _laid_out(q), _laid_out(k), _laid_out(v), scale)
     return out.contiguous(), lse.contiguous()
 
 
@@ -362,13 +391,14 @@ def flash_backward(
     *,
     dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); with `dlse` K is at most 248, but in version 4, whose backward takes it."""
-    generation, module = _loaded_flash()
+    """(dq, dk, dv); `dlse` as of cuDNN, K at most 248; version 4's backward takes it as it is."""
+    generation, module = _loaded_flash(q.device)
     run = functools.partial(generation.backward, module)
     dout, q, k, v, out = (_laid_out(x) for x in (dout, q, k, v, out))
-    if generation.takes_dlse:
-        gradients = run(dout, q, k, v, out, lse, scale, None if dlse is None else dlse.contiguous())
-    else:
-        gradients = backward_with_dlse(run, dout, q, k, v, out, lse, scale, dlse)
+    with _current(q.device):
+        if generation.takes_dlse:
+            gradients = run(dout, q, k, v, out, lse, scale, None if dlse is None else dlse.contiguous())
+        else:
+            gradients = backward_with_dlse(run, dout, q, k, v, out, lse, scale, dlse)
     dq, dk, dv = (x.contiguous() for x in gradients)
     return dq, dk, dv

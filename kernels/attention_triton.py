@@ -51,6 +51,7 @@ from opensora_fast.kernels.launch import jit, tl
 from opensora_fast.kernels.qk_norm_rope import ScalePair, norm_and_rotate, unrotate_and_differentiate
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+MAX_GRID = 65535  # programs along each axis of a grid but the first
 MIN_CAPABILITY = (8, 0)
 
 
@@ -85,21 +86,22 @@ def choose_tiles(K: int, element_bytes: int, *, fused: bool = False, shared: int
     of a thread (255 is all it can have) and shared memory of a block:
 
         forward  128 x 128   254, 160 KiB; with rotation 128 x 64, 234 and 144 KiB: raw halves and tables beside out
-        dq       128 x 64    202 to 216, 128 KiB
+        dq       128 x 64    202 to 211, 128 KiB
         dk, dv   128 x 64    255, 129 KiB: two results of 64 registers; with 64 x 64 and 4 warps 300 bytes spill
 
     Heads between 64 and 128 channels need masks beside these, and tiles of 32 queries for dk and dv, 234 registers.
     What still spills there, some 300 bytes, is heads of no multiple of 8 channels, whose rows are not read 16 bytes at
     a time either.
 
-    Where a block has less than 160 KiB (99 KiB on sm_86, sm_89 and sm_120) tiles have half as many columns and need 80
-    KiB. 4- and 8-byte numbers are multiplied without tensor cores: 32 x 16 is what leaves their products in registers.
+    Where a block has less than 200 KiB (163 on sm_80; 99 on sm_86, sm_89 and sm_120), operands are registers too: tiles
+    have half as many columns, need 80 KiB, and spill 128 bytes at most. 4- and 8-byte numbers are multiplied without
+    tensor cores: 32 x 16 is what leaves their products in registers.
     """
     prepare = Tile(rows=32, columns=0, num_warps=4, num_stages=1)
     if element_bytes > 2:
         small = Tile(rows=32, columns=16, num_warps=8, num_stages=1)
         return Tiles(forward=small, queries=small, keys=small, prepare=prepare)
-    columns = 64 if shared >= 160 << 10 else 32
+    columns = 64 if shared >= 200 << 10 else 32
     half = Tile(rows=128, columns=columns, num_warps=8, num_stages=2)
     whole = Tile(rows=128, columns=2 * columns, num_warps=8, num_stages=2)
     keys = dataclasses.replace(half, columns=32) if 64 < K < 128 else half
@@ -131,13 +133,15 @@ def favours_fusion(B: int, S: int, H: int, K: int) -> bool:
 
 def missing(shape: Sequence[int], dtype: torch.dtype, device_type: str) -> str:
     """Why attention of q of `shape` [B, S, H, K] cannot run here, "" when it can."""
-    K = shape[-1]
+    B, _, H, K = shape
     if reason := launch.missing(device_type):
         return reason
     if dtype not in launch.DTYPES:
         return f"Triton attention takes bfloat16, float16 and float32, not {dtype}"
     if K % 2 or not MIN_HEAD_DIM <= K <= MAX_HEAD_DIM:
         return f"Triton attention takes heads of an even number of channels, {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, not {K}"
+    if max(B, H) > MAX_GRID:
+        return f"Triton attention takes up to {MAX_GRID} samples and heads, not {B} and {H}"
     if device_type == "cuda":
         if dtype == torch.float64:
             return "Triton attention takes float64 in the interpreter only"
@@ -288,8 +292,8 @@ def _attend(
     total,
     acc,
     columns,
+    scale_2,
     OVERRUN: tl.constexpr,
-    SCALE_2: tl.constexpr,
     COMPUTE: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -297,9 +301,9 @@ def _attend(
     scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee", out_dtype=COMPUTE)
     if OVERRUN:
         scores = tl.where(tl.arange(0, k.shape[0])[None, :] < columns, scores, float("-inf"))
-    above = tl.maximum(maximum, tl.max(scores, axis=1) * SCALE_2)
+    above = tl.maximum(maximum, tl.max(scores, axis=1) * scale_2)
     finite = tl.where(above == float("-inf"), 0.0, above)  # of a row of -inf: -inf - -inf would be NaN
-    p = tl.math.exp2(scores * SCALE_2 - finite[:, None])
+    p = tl.math.exp2(scores * scale_2 - finite[:, None])
     shrink = tl.math.exp2(maximum - finite)
     total = total * shrink + tl.sum(p, axis=1)
     acc = tl.dot(p.to(v.dtype).to(DOT), v.to(DOT), acc * shrink[:, None], input_precision="ieee", out_dtype=COMPUTE)
@@ -339,11 +343,11 @@ def _forward_kernel(
     table_stride_b,
     table_stride_t,
     eps,
+    scale_2,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SCALE_2: tl.constexpr,
     STREAMS: tl.constexpr,
     ROPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -407,7 +411,7 @@ def _forward_kernel(
             else:
                 k = _load_rows(k_base, k_stride_t, columns, COLUMNS, K, BLOCK_K, False, OVERRUN)
             v = _load_rows(v_base, v_stride_t, columns, COLUMNS, K, BLOCK_K, False, OVERRUN)
-            maximum, total, acc = _attend(q, k, v, maximum, total, acc, columns, OVERRUN, SCALE_2, COMPUTE, DOT)
+            maximum, total, acc = _attend(q, k, v, maximum, total, acc, columns, scale_2, OVERRUN, COMPUTE, DOT)
 
     S = queries + tokens1
     out_ptr = _at(out_ptr + (batch * S * heads + head) * K, heads * K, first_query)
@@ -545,6 +549,8 @@ def _store_gradient(
         )
         tl.store(d_ptr + row * d_stride + k2, d_first, mask=mask)
         tl.store(d_ptr + row * d_stride + k2 + K // 2, d_second, mask=mask)
+        # Of a key past the last one P is 2^-lse, which overflows, and its gradient NaN.
+        part_first, part_second = tl.where(mask, part_first, 0), tl.where(mask, part_second, 0)
         column = tl.arange(0, BLOCK_K // 2)
         tl.store(partial_ptr + column, tl.sum(part_first, axis=0), mask=column < K // 2)
         tl.store(partial_ptr + column + K // 2, tl.sum(part_second, axis=0), mask=column < K // 2)
@@ -596,12 +602,12 @@ def _keys_kernel(
     table_stride_b,
     table_stride_t,
     eps,
+    scale,
+    scale_2,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SCALE_2: tl.constexpr,
     STREAMS: tl.constexpr,
     ROPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -636,7 +642,7 @@ def _keys_kernel(
         lse_2 = tl.load(lse_2_ptr + first_query + column)
         delta = tl.load(delta_ptr + first_query + column)
         scores_t = tl.dot(k, tl.trans(q.to(DOT)), input_precision="ieee", out_dtype=COMPUTE)
-        p_t = tl.math.exp2(scores_t * SCALE_2 - lse_2[None, :])
+        p_t = tl.math.exp2(scores_t * scale_2 - lse_2[None, :])
         dv = tl.dot(p_t.to(dout.dtype).to(DOT), dout.to(DOT), dv, input_precision="ieee", out_dtype=COMPUTE)
         dp_t = tl.dot(v, tl.trans(dout.to(DOT)), input_precision="ieee", out_dtype=COMPUTE)
         ds_t = p_t * (dp_t - delta[None, :])
@@ -658,7 +664,7 @@ def _keys_kernel(
         partial_ptr += ((tile * tl.num_programs(2) + batch) * heads + head) * K
     _store_gradient(
         _at(dk_ptr + d_offset, d_stride_t, start),
-        dk * SCALE,
+        dk * scale,
         d_stride_t,
         raw_ptr,
         v_stride_t,
@@ -719,12 +725,12 @@ def _queries_kernel(
     table_stride_b,
     table_stride_t,
     eps,
+    scale,
+    scale_2,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SCALE_2: tl.constexpr,
     STREAMS: tl.constexpr,
     ROPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -764,7 +770,7 @@ def _queries_kernel(
             k = _load_rows(k_base, k_stride_t, columns, COLUMNS, K, BLOCK_K, ROPE, OVERRUN)
             v = _load_rows(v_base, v_stride_t, columns, COLUMNS, K, BLOCK_K, False, OVERRUN)
             scores = tl.dot(q, tl.trans(k.to(DOT)), input_precision="ieee", out_dtype=COMPUTE)
-            p = tl.math.exp2(scores * SCALE_2 - lse_2[:, None])
+            p = tl.math.exp2(scores * scale_2 - lse_2[:, None])
             if OVERRUN:
                 p = tl.where(tl.arange(0, COLUMNS)[None, :] < columns, p, 0)
             dp = tl.dot(dout, tl.trans(v.to(DOT)), input_precision="ieee", out_dtype=COMPUTE)
@@ -783,7 +789,7 @@ def _queries_kernel(
         partial_ptr += ((tile * tl.num_programs(2) + batch) * heads + head) * K
     _store_gradient(
         _at(dq_ptr + d_offset, d_stride_t, start),
-        dq * SCALE,
+        dq * scale,
         d_stride_t,
         raw_ptr,
         v_stride_t,
@@ -905,7 +911,7 @@ class _Call:
             "keys": self.parts[0][1].shape[1],
             "ROWS": tile.rows,
             "COLUMNS": tile.columns,
-            "SCALE_2": self.scale * math.log2(math.e),
+            "scale_2": self.scale * math.log2(math.e),
             "STAGES": tile.num_stages,
             "DOT": _operand_type(self.first.dtype),
             "num_warps": tile.num_warps,
@@ -1000,7 +1006,7 @@ def _backward(
         "padded": padded,
         **_strides(q=q, k=k, v=v, dout=dout),
         "d_stride1_b": 0 if dq1 is None else dq1.stride(0),
-        "SCALE": call.scale,
+        "scale": call.scale,
     }
     launch.launch(
         _keys_kernel,
@@ -1149,7 +1155,8 @@ def _rope_call(
     tiles: Tiles | None,
 ) -> _Call:
     if len({stream.stride()[1:] for stream in streams}) > 1 or streams[0].stride(-1) != 1:
-        streams = [stream.contiguous() for stream in streams]
+        # Not `contiguous`, to which the strides of an axis of size 1 do not matter: of the other stream they do.
+        streams = [stream.clone(memory_format=torch.contiguous_format) for stream in streams]
     if cos.stride() != sin.stride() or cos.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     return _Call(

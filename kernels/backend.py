@@ -81,11 +81,11 @@ def announced(op: str, selection: tuple[str, str], missing: Mapping[str, str]) -
     """The backend of a selection; says so once when it is the reference because something faster cannot run."""
     name, reason = selection
     if name == "reference" and reason in missing.values():
-        _warn_once(f"{op} runs its slow reference: {reason}")
+        warn_once(f"{op} runs its slow reference: {reason}")
     return name
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Say aloud, once in a process, that an op runs on something slower than it could."""
     warnings.warn(message, RuntimeWarning, stacklevel=2)

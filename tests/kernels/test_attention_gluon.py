@@ -156,6 +156,18 @@ def test_keys_past_the_end_do_not_overflow(emulate, assert_as_exact):
     check(assert_as_exact, everything(*of), in_the_same_dtype(*of), exact)
 
 
+def test_a_row_without_keys_has_no_gradient(emulate):
+    """As a rank has it whose keys are not all of a row's: lse is -inf and there are keys all the same."""
+    emulate()
+    q, k, v, dout = inputs(3, 20)
+    out, lse = attention_reference(q, k, v, SCALE)
+    lse[..., 1], out[:, 1] = -math.inf, 0
+    ours = attention_backward(dout, q, k, v, out, lse, SCALE, wide=True)
+    assert not ours[0][:, 1].any()
+    for one, other in zip(ours, attention_backward_reference(dout, q, k, v, out, lse, SCALE, wide=True), strict=True):
+        assert (one - other).abs().max() < 2**-7 * other.abs().max()
+
+
 @pytest.mark.parametrize("factor", [0.0, 30.0], ids=["equal-rows", "large-logits"])
 def test_extreme_rows(factor, emulate, assert_as_exact):
     emulate()
@@ -314,6 +326,9 @@ def test_says_why_it_cannot_run():
     shape = (1, 5, 2, K)
     assert "float32" in attention_gluon.missing(shape, torch.float32, "cuda")
     assert "not 64" in attention_gluon.missing((1, 5, 2, 64), BF16, "cuda")
+    for B, H in ((65536, 1), (1, 65536)):
+        told = f"up to 65535 samples and heads, not {B} and {H}"
+        assert told in attention_gluon.missing((B, 5, H, K), BF16, "cuda")
     assert "no interpreter" in attention_gluon.missing(shape, BF16, "cpu")
     assert "no meta device" in attention_gluon.missing(shape, BF16, "meta")
     with launch.recorded():
@@ -326,6 +341,12 @@ def test_wants_hopper(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     reason = attention_gluon.missing((1, 5, 2, K), BF16, "cuda")
     assert ("needs compute capability 9.x" in reason) == (capability[0] != 9)
+
+
+def test_refuses_where_sums_must_have_an_order(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with launch.recorded():
+        assert "sums dq in any order" in attention_gluon.missing((1, 5, 2, K), BF16, "meta")
 
 
 def test_imports_without_triton():
@@ -374,8 +395,11 @@ print(*aot.failures(found, {{label: aot.budget_of(results) for label, results in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("wide", [False, True], ids=["narrow", "wide"])
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [("bfloat16", True), ("float16", False), ("float16", True)],
+    ids=["bf16-wide", "fp16", "fp16-wide"],
+)
 def test_compiles_for_hopper_without_a_spill(dtype, wide):
     """The presets' cases compile the narrow bfloat16 alone."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

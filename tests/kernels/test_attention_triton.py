@@ -94,12 +94,17 @@ SHAPES = {
 }
 
 
-def dtypes_of(shapes, float16):
-    """Every shape in float32 and bfloat16, those named in `float16` also in it."""
+def dtypes_of(shapes, each):
+    """Every shape in bfloat16, those named in `each` in float16 too, and in float32, which is slow for the others."""
     return [
-        pytest.param(shape, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            shape,
+            dtype,
+            id=f"{name}-{str(dtype).removeprefix('torch.')}",
+            marks=[pytest.mark.slow] * (dtype == torch.float32 and name not in each),
+        )
         for name, shape in shapes.items()
-        for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * (name in float16))
+        for dtype in (torch.float32, torch.bfloat16, *[torch.float16] * (name in each))
     ]
 
 
@@ -165,13 +170,13 @@ def test_another_scale(device, assert_as_exact) -> None:
 
 @pytest.mark.parametrize("layout", ["heads-first", "expanded", "channels-apart", "float32"])
 def test_takes_dout_of_any_layout(layout, device) -> None:
-    q, k, v = qkv_of(2, 19, 23, 2, 32, torch.bfloat16, device)
+    q, k, v = qkv_of(2, 9, 5, 2, 32, torch.bfloat16, device)
     out, lse = op.attention_forward(q, k, v, 0.2, tiles=SMALL)
     dout = {
-        "heads-first": lambda: random(2, 2, 19, 32, dtype=q.dtype, device=device).transpose(1, 2),
+        "heads-first": lambda: random(2, 2, 9, 32, dtype=q.dtype, device=device).transpose(1, 2),
         "expanded": lambda: random(1, 1, 1, 1, dtype=q.dtype, device=device).expand_as(out),
-        "channels-apart": lambda: random(2, 19, 32, 2, dtype=q.dtype, device=device).transpose(2, 3),
-        "float32": lambda: random(2, 19, 2, 32, dtype=q.dtype, device=device).float(),
+        "channels-apart": lambda: random(2, 9, 32, 2, dtype=q.dtype, device=device).transpose(2, 3),
+        "float32": lambda: random(2, 9, 2, 32, dtype=q.dtype, device=device).float(),
     }[layout]()
     ours = op.attention_backward(dout, q, k, v, out, lse, 0.2, tiles=SMALL)
     plain = op.attention_backward(dout.to(q.dtype).contiguous(), q, k, v, out, lse, 0.2, tiles=SMALL)
@@ -338,20 +343,35 @@ def chain(streams, scales, cos, sin, eps=1e-6):
 
 # B, tokens of each stream, H, K, whether the tables have a batch.
 ROPE_SHAPES = {
-    "joint": (2, (17, 50), 1, 64, True),
+    "joint": (2, (17, 33), 1, 64, True),
     "single": (1, (97,), 1, 128, False),
     "odd-head": (1, (32, 33), 1, 36, False),
-    "wide-head": (2, (5, 64), 1, 96, False),
+    "wide-head": (1, (5, 64), 1, 96, False),
     "no-text": (1, (0, 40), 2, 48, False),
     "one-each": (2, (1, 1), 3, 16, True),
 }
 
 
-@pytest.mark.parametrize(("shape", "dtype"), dtypes_of(ROPE_SHAPES, {"joint", "single"}))
+@pytest.mark.parametrize(("shape", "dtype"), dtypes_of(ROPE_SHAPES, {"joint"}))
 def test_rope_attention_is_as_exact_as_pytorch(shape, dtype, device, assert_as_exact) -> None:
-    streams, scales, cos, sin = rope_inputs(*shape[:-1], dtype, device, shape[-1])
-    B, tokens, H, K, _ = shape
-    dout = random(B, H, sum(tokens), K, dtype=dtype, device=device, seed=9).transpose(1, 2)
+    check_rope_attention(assert_as_exact, *rope_inputs(*shape[:-1], dtype, device, shape[-1]))
+
+
+@pytest.mark.parametrize("tokens", [(20,), (5, 20)], ids=["one-stream", "two-streams"])
+def test_keys_past_the_end_add_nothing_to_the_gradient_of_their_scale(tokens, device, assert_as_exact) -> None:
+    """Where lse is below -88, 2^-lse is infinite, which is P of such a key."""
+    streams, _, cos, sin = rope_inputs(1, tokens, 1, 32, torch.bfloat16, device)
+    streams = [1 + 0.05 * stream for stream in streams]
+    scales = [torch.full((32,), scale, dtype=torch.bfloat16, device=device) for scale in (6, -6)] * len(tokens)
+    check_rope_attention(assert_as_exact, streams, scales, torch.ones_like(cos), torch.zeros_like(sin))
+
+
+def check_rope_attention(assert_as_exact, streams, scales, cos, sin):
+    """out and all gradients."""
+    B, _, _, H, K = streams[0].shape
+    dtype = streams[0].dtype
+    tokens = sum(stream.shape[1] for stream in streams)
+    dout = random(B, H, tokens, K, dtype=dtype, device=cos.device, seed=9).transpose(1, 2)
     out, lse = op.rope_attention_forward(streams, pairs(scales), cos, sin, 1e-6, tiles=SMALL)
     d_streams, d_scales = op.rope_attention_backward(
         dout, streams, pairs(scales), cos, sin, out, lse, 1e-6, tiles=SMALL
@@ -375,7 +395,7 @@ def test_rope_attention_is_as_exact_as_pytorch(shape, dtype, device, assert_as_e
 @each_dtype
 def test_rope_attention_is_attention_after_norm_and_rotation(dtype, device) -> None:
     """Both forms within one rounding of out, and in float32 of q and k, which logits have K of."""
-    streams, scales, cos, sin = rope_inputs(1, (30, 110), 2, 64, dtype, device)
+    streams, scales, cos, sin = rope_inputs(1, (30, 110), 1, 64, dtype, device)
     out, lse = op.rope_attention_forward(streams, pairs(scales), cos, sin, 1e-6)
     q, k, v = qk_norm_rope_reference(streams, pairs(scales), cos, sin)
     after, lse_after = op.attention_forward(q, k, v, 64**-0.5)
@@ -385,8 +405,8 @@ def test_rope_attention_is_attention_after_norm_and_rotation(dtype, device) -> N
 
 
 def test_streams_and_tables_have_any_strides(device) -> None:
-    streams, scales, cos, sin = rope_inputs(2, (9, 20), 2, 32, torch.bfloat16, device)
-    dout = random(2, 29, 2, 32, dtype=torch.bfloat16, device=device)
+    streams, scales, cos, sin = rope_inputs(2, (3, 7), 2, 32, torch.bfloat16, device)
+    dout = random(2, 10, 2, 32, dtype=torch.bfloat16, device=device)
 
     def run(streams, cos, sin):
         out, lse = op.rope_attention_forward(streams, pairs(scales), cos, sin, 1e-6, tiles=SMALL)
@@ -402,6 +422,19 @@ def test_streams_and_tables_have_any_strides(device) -> None:
     for others in ([sliced(stream) for stream in streams], [streams[0], sliced(streams[1])]):
         apart = run(others, cos.T.contiguous().T, sin)
         assert all(map(torch.equal, plain, apart))
+
+
+def test_a_stream_of_one_token_has_any_stride(device) -> None:
+    """PyTorch calls it contiguous whatever that stride is, and the other stream is read with its own."""
+    streams, scales, cos, sin = rope_inputs(1, (1, 6), 1, 32, torch.bfloat16, device)
+    stepped = [streams[0].repeat_interleave(7, dim=1)[:, ::7], streams[1]]
+
+    def run(streams):
+        out, lse = op.rope_attention_forward(streams, pairs(scales), cos, sin, 1e-6, tiles=SMALL)
+        gradients = op.rope_attention_backward(out, streams, pairs(scales), cos, sin, out, lse, 1e-6, tiles=SMALL)
+        return [out, lse, *gradients[0], *(d_scale for pair in gradients[1] for d_scale in pair)]
+
+    assert all(map(torch.equal, run(stepped), run(streams)))
 
 
 def test_the_forward_is_one_launch_and_nothing_runs_twice(device) -> None:
@@ -423,7 +456,7 @@ def test_the_forward_is_one_launch_and_nothing_runs_twice(device) -> None:
 
 
 def test_is_bitwise_repeatable(device) -> None:
-    streams, scales, cos, sin = rope_inputs(1, (20, 37), 2, 64, torch.bfloat16, device)
+    streams, scales, cos, sin = rope_inputs(1, (9, 37), 1, 64, torch.bfloat16, device)
 
     def run():
         out, lse = op.rope_attention_forward(streams, pairs(scales), cos, sin, 1e-6, tiles=SMALL)
@@ -446,6 +479,10 @@ def test_what_is_outside_of_the_envelope_is_named(monkeypatch) -> None:
         assert all(op.missing((1, 8, 2, K), torch.float16, "cuda") == "" for K in (16, 36, 96, 128))
         assert "float64 in the interpreter only" in op.missing(shape, torch.float64, "cuda")
         assert "not torch.int8" in op.missing(shape, torch.int8, "cuda")
+        for B, H in ((65536, 1), (1, 65536)):
+            told = f"up to 65535 samples and heads, not {B} and {H}"
+            assert told in op.missing((B, 8, H, 64), torch.bfloat16, "cuda")
+        assert op.missing((65535, 8, 65535, 64), torch.bfloat16, "cuda") == ""
         for K in (8, 37, 256):
             assert f"even number of channels, 16 to 128, not {K}" in op.missing((1, 8, 2, K), torch.bfloat16, "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -476,45 +513,48 @@ def test_tiles_fit_the_device() -> None:
 
 
 COMPILE = """
-import tempfile
+import sys, tempfile
 from pathlib import Path
 import torch
-from opensora_fast.kernels import attention_triton, launch
+from opensora_fast.kernels import attention_triton as op, launch
 from opensora_fast.profiling import aot
+
+aot.ARCHITECTURE, shared = int(sys.argv[1]), int(sys.argv[2]) << 10
+aot.GPU_NAME = f"sm_{aot.ARCHITECTURE}"
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 streams, pair = [empty(3, 512, 3, 24, 128), empty(3, 8448, 3, 24, 128)], (empty(128), empty(128))
-tables = [empty(8960, 64, dtype=torch.float32)] * 2
+rope = [pair, pair], *[empty(8960, 64, dtype=torch.float32)] * 2
+q = empty(3, 8960, 24, 128)
 with launch.recorded() as launches:
-    q = empty(3, 8960, 24, 128)
-    attention_triton.attention_forward(q, q, q, 128**-0.5)
-    out, lse = attention_triton.rope_attention_forward(streams, [pair, pair], *tables, 1e-6)
-    attention_triton.rope_attention_backward(out, streams, [pair, pair], *tables, out, lse, 1e-6)
+    tiles = op.choose_tiles(128, 2, shared=shared)
+    out, lse = op.attention_forward(q, q, q, 0.1, tiles=tiles)
+    op.attention_backward(out, q, q, q, out, lse, 0.1, tiles=tiles)
+    tiles = op.choose_tiles(128, 2, fused=True, shared=shared)
+    out, lse = op.rope_attention_forward(streams, *rope, 1e-6, tiles=tiles)
+    op.rope_attention_backward(out, streams, *rope, out, lse, 1e-6, tiles=tiles)
 version, ptxas = next(iter(aot.find_ptxas().items()))
 with tempfile.TemporaryDirectory() as folder:
-    for of in launches:
-        kernel = aot.kernel_of(of)
-        if "DOT" in kernel.values:
-            compiled = aot.compile_kernel(kernel)
-            made = aot.assemble(kernel, compiled, version, ptxas, Path(folder), disassembled=True)
-            assert made.spilled == 0, (kernel.label, made.spilled)
-            assert made.shared <= aot.MAX_SHARED, (kernel.label, made.shared)
-            assert made.instructions["HGMMA"] and "HMMA" not in made.instructions, (kernel.label, made.instructions)
-            assert made.loads[16] >= 16, (kernel.label, made.loads)
-            print(kernel.name)
+    for kernel in map(aot.kernel_of, launches):
+        made = aot.assemble(kernel, aot.compile_kernel(kernel), version, ptxas, Path(folder), disassembled=False)
+        assert made.shared <= shared, (kernel.label, made.shared)
+        assert made.spilled <= 128, (kernel.label, made.spilled)
+        assert float not in map(type, kernel.values.values()), f"{kernel.label}: compiled again for every such number"
+        print(kernel.name)
 """
 
 
-def test_compiles_for_hopper_without_spills(device, tmp_path) -> None:
-    """The kernels with matrix products: tensor cores of sm_90 and loads of 16 bytes."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "shared"), [(80, 163), (86, 99)])
+def test_compiles_for_the_devices_before_hopper(architecture, shared, device, tmp_path) -> None:
+    """Within the KiB of shared memory that a block has there, almost without spills; for sm_90 see `bench --aot`."""
     if device.type != "cpu":
         pytest.skip("needs no device")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", COMPILE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-P", "-c", COMPILE, str(architecture), str(shared)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert len(done.stdout.split()) == 4
+    assert len(done.stdout.split()) == 9

@@ -65,14 +65,14 @@ def test_a_cuda_call_without_a_gpu_says_so(native):
 def test_without_the_module_the_reference_runs_and_the_reason_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "opensora_fast._C", None)  # its import now fails
     extension.load.cache_clear()
-    backend._warn_once.cache_clear()
+    backend.warn_once.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="pip install"):
             out = pixel_unshuffle_mean_add(torch.zeros(1, 4, 1, 1, 1), torch.ones(1, 2, 1, 2, 2), temporal=1)
     finally:
         monkeypatch.undo()
         extension.load.cache_clear()
-        backend._warn_once.cache_clear()
+        backend.warn_once.cache_clear()
     assert torch.equal(out, torch.ones(1, 4, 1, 1, 1))
 
 

@@ -98,6 +98,19 @@ def test_a_gradient_that_only_the_library_broke_is_told(monkeypatch):
     assert "gradients of q and k of attention on cpu_flash" in told()
 
 
+def test_gluon_is_watched_until_it_is_proved(monkeypatch):
+    monkeypatch.undo()
+    assert "gluon" in finite_watch.WATCHED
+    monkeypatch.setattr(finite_watch, "WATCHED", frozenset({"gluon"}))
+    monkeypatch.setattr(attention, "missing_backends", lambda *of: {"gluon": "", "triton": ""})
+    monkeypatch.setattr(
+        attention.attention_gluon, "attention_forward", lambda q, *_, **__: (q, q.new_full((), torch.nan))
+    )
+    with backend.forced({"attention": "gluon"}):
+        attention.forward(*(torch.randn(1, 4, 2, 8) for _ in "qkv"), 0.5)
+    assert "log-sum-exp of attention on gluon" in told()
+
+
 def test_the_reference_is_not_watched():
     with backend.forced({"attention": "reference"}):
         attention.attention(*(torch.randn(1, 4, 2, 8) for _ in "qkv"))
