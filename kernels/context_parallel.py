@@ -21,9 +21,10 @@ Numerics    ulysses: those of `attention` on one rank. ring: partial results, lo
             float32 (float64 for float64) and rounded once, where the backend of `attention` gives a block's results
             as wide; dk and dv travel in float32.
 Messages    U' is one [B, T, H, K] tensor. ulysses: q, k, v in one exchange and out, lse in one; backward q, k, v, out,
-            dout, lse in one and dq, dk, dv in one, straight from and into what the kernels write: 4 U' (1 - 1/U) sent
-            forward, 8 backward. ring: R - 1 steps of k and v (2 U'), in the backward also R of dk and dv in float32
-            (4 U'), each posted before the attention of the block at hand and awaited after it.
+            dout, lse in one and dq, dk, dv in one: 4 U' (1 - 1/U) sent forward, 8 backward. q, k, v and their gradients
+            leave and arrive as the kernels write and read them; out is copied once into [B, T, H, K], and in the
+            backward out and dout once into groups of heads. ring: R - 1 steps of k and v (2 U'), in the backward also R
+            of dk and dv in float32 (4 U'), each posted before the attention of the block at hand and awaited after it.
             v could leave while q and k are normalised: at 76,544 tokens on 4 ranks that would hide at most 0.2 ms of
             105 (modelled) for one more message, so that it does not pay.
 Saved       what `attention` saves, of this rank's tokens: 4 U' and lse. What was exchanged is made and sent again.
@@ -37,15 +38,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from opensora_fast.kernels import attention, launch, lse_merge, qk_norm_rope
+from opensora_fast.kernels import attention, lse_merge, qk_norm_rope
 from opensora_fast.kernels.context_exchange import (
     Axis,
     Mesh,
+    Pending,
     agree,
     axis_of,
     check_lengths,
@@ -62,12 +66,18 @@ from opensora_fast.kernels.context_plan import choose_context_parallel as choose
 class ContextParallel:
     """The ranks that share a sequence, and how: `None` for an axis of one rank.
 
-    lengths: tokens of every rank (of all streams together), where they are known; else each call gathers them first.
+    lengths: tokens of every rank (of all streams together), where they are known; else each call gathers them first,
+    for which the host waits for the device. They are trusted: `agree_lengths` makes sure of them.
     """
 
     ulysses: ProcessGroup | None
     ring: ProcessGroup | None
     lengths: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, group in (("ulysses", self.ulysses), ("ring", self.ring)):
+            if group is not None:
+                _require_group(name, group)
 
     @property
     def size(self) -> int:
@@ -82,6 +92,12 @@ class ContextParallel:
     def with_lengths(self, lengths: Sequence[int]) -> ContextParallel:
         """The same ranks for another sequence."""
         return replace(self, lengths=tuple(lengths))
+
+
+def _require_group(name: str, group: object) -> None:
+    """PyTorch gives a number for the group that a rank does not belong to."""
+    if not isinstance(group, ProcessGroup):
+        raise ValueError(f"{name} is {group}; it must be a process group of this rank's: context_of makes them")
 
 
 def _size(group: ProcessGroup | None) -> int:
@@ -107,35 +123,27 @@ def merge_block(total: Partial | None, q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: T
     return part if total is None else lse_merge.forward(*total, *part)
 
 
-def block_gradients(
-    dout_BSHK: Tensor, q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, out_BSHK: Tensor, lse_BHS: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) that one block of keys gives, in float32 (float64); out and lse over all keys."""
-    wide = _wide(q_BSHK)
-    gradients = attention.backward(dout_BSHK, q_BSHK, k_BTHK, v_BTHK, out_BSHK, lse_BHS, scale, wide=True)
-    dq, dk, dv = (gradient.to(wide) for gradient in gradients)
-    return dq, dk, dv
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _ring_forward(axis: Axis, lengths: Sequence[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Partial:
-    """(out [B, S, h, K] in the dtype of q, lse [B, h, S]) over the blocks of all rows, of `lengths` tokens."""
+def _ring_forward(axis: Axis, lengths: Sequence[int], q: Tensor, block: list[Tensor], scale: float) -> Partial:
+    """(out [B, S, h, K] in the dtype of q, lse [B, h, S]) over the blocks of all rows, of `lengths` tokens.
+
+    block: k and v, a list whose place the others' take in turn, so that nobody keeps what has left.
+    """
     if axis.size == 1:
-        return attention.forward(q, k, v, scale)
-    before, after = _neighbours(axis)
-    block, total = [k.contiguous(), v.contiguous()], None
+        return attention.forward(q, block[0], block[1], scale)
+    block[:] = [x.contiguous() for x in block]
+    total = None
     for step in range(axis.size):
         arriving: list[Tensor] = []
         if step < axis.size - 1:
-            arriving = _empty_block(k, lengths[(axis.rank - step - 1) % axis.size], k.dtype)
-        sends = [(after, x) for x in block if arriving]
-        pending = exchange(axis, f"k and v in step {step}", sends, [(before, x) for x in arriving])
+            arriving = _empty_block(block, lengths[(axis.rank - step - 1) % axis.size], q.dtype)
+        pending = _pass_on(axis, f"k and v in step {step}", block if arriving else [], arriving)
         total = merge_block(total, q, block[0], block[1], scale)
         pending.wait()
-        block = arriving
+        block[:] = arriving
     assert total is not None
     return total[0].to(q.dtype), total[1]
 
@@ -145,47 +153,48 @@ def _ring_backward(
     lengths: Sequence[int],
     dout: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    block: list[Tensor],
     out: Tensor,
     lse: Tensor,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of this row's tokens in the dtype of q."""
+) -> list[Tensor]:
+    """dq, dk and dv of this row's tokens in the dtype of q; `block` as in the forward."""
     if axis.size == 1:
-        return attention.backward(dout, q, k, v, out, lse, scale)
-    before, after = _neighbours(axis)
-    wide = _wide(k)
-    block = [k.contiguous(), v.contiguous()]
-    dq: Tensor | None = None
-    sums: list[Tensor] = []  # dk and dv of the block before, by the ranks until now
+        return list(attention.backward(dout, q, block[0], block[1], out, lse, scale))
+    wide = _wide(q)
+    block[:] = [x.contiguous() for x in block]
+    total: list[Tensor] = []  # dq of the blocks until now; dk and dv of the last of them, by the ranks until now
     for step in range(axis.size):
         arriving: list[Tensor] = []
         if step < axis.size - 1:
-            arriving = _empty_block(k, lengths[(axis.rank - step - 1) % axis.size], k.dtype)
-        arriving_sums = _empty_block(k, block[0].shape[1], wide) if step else []
-        sends = [(after, x) for x in (*(block if arriving else []), *sums)]
-        receives = [(before, x) for x in (*arriving, *arriving_sums)]
-        pending = exchange(axis, f"k, v and their gradients in step {step}", sends, receives)
-        dq_part, *parts = block_gradients(dout, q, block[0], block[1], out, lse, scale)
+            arriving = _empty_block(block, lengths[(axis.rank - step - 1) % axis.size], q.dtype)
+        sums = _empty_block(block, block[0].shape[1], wide) if step else []
+        leaving = (*(block if arriving else ()), *total[1:])
+        pending = _pass_on(axis, f"k, v and their gradients in step {step}", leaving, [*arriving, *sums])
+        del leaving
+        parts = attention.backward(dout, q, block[0], block[1], out, lse, scale, wide=True)
         pending.wait()
-        dq = dq_part if dq is None else dq.add_(dq_part)
-        sums = [total.add_(part) for total, part in zip(arriving_sums, parts, strict=True)] if step else parts
-        block = arriving
-    own = _empty_block(k, k.shape[1], wide)
-    exchange(axis, "the gradients of k and v", [(after, x) for x in sums], [(before, x) for x in own]).wait()
-    assert dq is not None
-    return dq.to(q.dtype), own[0].to(k.dtype), own[1].to(v.dtype)
+        if step:
+            total = [x.add_(part) for x, part in zip((total[0], *sums), parts, strict=True)]
+        else:
+            total = [part.to(wide) for part in parts]
+        block[:] = arriving
+        del parts, sums  # or they would be held beside those of the next step
+    dq, *sums = total
+    own = _empty_block(sums, lengths[axis.rank], wide)
+    _pass_on(axis, "the gradients of k and v", sums, own).wait()
+    return [x.to(q.dtype) for x in (dq, *own)]
 
 
-def _neighbours(axis: Axis) -> tuple[int, int]:
-    return (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
+def _pass_on(axis: Axis, what: str, leaving: Sequence[Tensor], arriving: Sequence[Tensor]) -> Pending:
+    """Post what goes to the next rank of the ring, and what comes from the one before."""
+    before, after = (axis.rank - 1) % axis.size, (axis.rank + 1) % axis.size
+    return exchange(axis, what, [(after, x) for x in leaving], [(before, x) for x in arriving])
 
 
-def _empty_block(k_BSHK: Tensor, tokens: int, dtype: torch.dtype) -> list[Tensor]:
-    """Two tensors, of k and v or of their gradients, for so many tokens."""
-    B, _, H, K = k_BSHK.shape
-    return [torch.empty((B, tokens, H, K), dtype=dtype, device=k_BSHK.device) for _ in range(2)]
+def _empty_block(like: Sequence[Tensor], tokens: int, dtype: torch.dtype) -> list[Tensor]:
+    """As the k and v of `like`, or their gradients, for so many tokens."""
+    return [x.new_empty((x.shape[0], tokens, *x.shape[2:]), dtype=dtype) for x in like]
 
 
 # Both axes. What is grouped, [U, B, T, h, K], has the heads of column u in group u. It is let go once it was sent.
@@ -194,9 +203,9 @@ def _empty_block(k_BSHK: Tensor, tokens: int, dtype: torch.dtype) -> list[Tensor
 def _forward(mesh: Mesh, lengths: Sequence[int], grouped: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse [U, B, T, h, 1]) of this rank's tokens, grouped, from q, k and v."""
     columns = mesh.column_lengths(lengths)
-    q, k, v = to_sequence(mesh.ulysses, "q, k and v", grouped, columns)
+    q, *block = to_sequence(mesh.ulysses, "q, k and v", grouped, columns)
     del grouped
-    out_BShK, lse_BhS = _ring_forward(mesh.ring, mesh.row_lengths(lengths), q, k, v, scale)
+    out_BShK, lse_BhS = _ring_forward(mesh.ring, mesh.row_lengths(lengths), q, block, scale)
     lse_BSh1 = lse_BhS.transpose(1, 2).contiguous()[..., None]
     out, lse = to_heads(mesh.ulysses, "out and lse", [out_BShK, lse_BSh1], columns)
     return out, lse
@@ -207,8 +216,11 @@ def _backward(mesh: Mesh, lengths: Sequence[int], grouped: Sequence[Tensor], sca
     columns = mesh.column_lengths(lengths)
     q, k, v, dout, out, lse_BSh1 = to_sequence(mesh.ulysses, "q, k, v, out, its gradient and lse", grouped, columns)
     del grouped
+    block = [k, v]
+    del k, v
     lse_BhS = lse_BSh1[..., 0].transpose(1, 2).contiguous()
-    gradients = _ring_backward(mesh.ring, mesh.row_lengths(lengths), dout, q, k, v, out, lse_BhS, scale)
+    gradients = _ring_backward(mesh.ring, mesh.row_lengths(lengths), dout, q, block, out, lse_BhS, scale)
+    del q, block, dout, out
     return to_heads(mesh.ulysses, "the gradients of q, k and v", [x.contiguous() for x in gradients], columns)
 
 
@@ -216,10 +228,12 @@ def _mesh(ulysses: str, ring: str) -> Mesh:
     return Mesh(axis_of(ulysses), axis_of(ring))
 
 
-def _agreed(mesh: Mesh, shape: Sequence[int], like: Tensor, lengths: Sequence[int] | None) -> list[int]:
+def _agreed(
+    mesh: Mesh, shape: Sequence[int], dtype: torch.dtype, device: torch.device, lengths: Sequence[int] | None = None
+) -> list[int]:
     """Tokens of every rank; `shape` [B, T, H, K] here. ValueError on all ranks when heads cannot be shared out."""
     _, T, H, _ = shape
-    agreed = agree(mesh, shape, like.dtype, like.device) if lengths is None else check_lengths(mesh, lengths, T)
+    agreed = agree(mesh, shape, dtype, device) if lengths is None else check_lengths(mesh, lengths, T)
     if H % mesh.ulysses.size:
         raise ValueError(
             f"{H} heads cannot be shared out to {mesh.ulysses.size} ranks of ulysses: "
@@ -255,7 +269,7 @@ def _context_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, T, H, K], lse [B, T, H], tokens of every rank [P])."""
     mesh = _mesh(ulysses, ring)
-    lengths = _agreed(mesh, q.shape, q, lengths)
+    lengths = _agreed(mesh, q.shape, q.dtype, q.device, lengths)
     out, lse = _forward(mesh, lengths, [_group_heads([x], mesh.ulysses.size) for x in (q, k, v)], scale)
     (out_BTHK,), (lse_BTH1,) = (_join_heads(x, q.shape[1:2]) for x in (out, lse))
     return out_BTHK, lse_BTH1[..., 0], torch.tensor(lengths)
@@ -325,7 +339,7 @@ def _context_rope_attention(
     mesh = _mesh(ulysses, ring)
     B, _, _, H, K = streams[0].shape
     tokens = [stream.shape[1] for stream in streams]
-    lengths = _agreed(mesh, (B, sum(tokens), H, K), streams[0], lengths)
+    lengths = _agreed(mesh, (B, sum(tokens), H, K), streams[0].dtype, streams[0].device, lengths)
     out, lse = _forward(mesh, lengths, _norm_and_rotate(mesh, streams, scales, cos, sin, eps), K**-0.5)
     (lse_BTH1,) = _join_heads(lse, [sum(tokens)])
     return [*_join_heads(out, tokens), lse_BTH1[..., 0], torch.tensor(lengths)]
@@ -411,6 +425,44 @@ _context_rope_attention.register_autograd(_differentiate_rope, setup_context=_sa
 # Public functions.
 
 
+def context_of(ulysses: int, ring: int, *, timeout_s: float = 60) -> ContextParallel:
+    """This rank's context of `ulysses` x `ring` ranks, in new process groups. Every rank of the world calls it alike.
+
+    The first ulysses * ring ranks of the world share a sequence, then the next as many, and of these consecutive ones
+    an all-to-all: world rank = (number of the sequence * ring + ring rank) * ulysses + ulysses rank. An axis of one
+    rank gets no group. ValueError where ulysses * ring does not divide the world.
+
+    timeout_s: how long a rank waits for one that hangs. An exchange takes milliseconds, so that a minute names a lost
+    rank soon, where PyTorch's own timeout leaves all others idle for 10 to 30 minutes. Ranks that may be busy for
+    longer with something else, as a checkpoint or a compilation, need more.
+    """
+    world = dist.get_world_size()
+    if min(ulysses, ring) < 1 or world % (ulysses * ring):
+        raise ValueError(f"ulysses={ulysses} x ring={ring} does not divide the world of {world} ranks: choose others")
+    mesh_GRU = torch.arange(world).view(-1, ring, ulysses)
+    axes = []
+    for lines in (mesh_GRU.flatten(0, 1), mesh_GRU.transpose(1, 2).flatten(0, 1)):
+        group = None
+        if lines.shape[1] > 1:
+            group, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timedelta(seconds=timeout_s))
+        axes.append(group)
+    return ContextParallel(*axes)
+
+
+def agree_lengths(
+    context: ContextParallel, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> ContextParallel:
+    """`context` with the tokens of every rank, gathered: once a step, when the batch is drawn.
+
+    shape: [B, T, H, K] of this rank's q, T of all its streams together. ContextParallelError, on every rank, where
+    ranks disagree on anything but T; ValueError, on every rank, where the size of ulysses does not divide H. What is
+    attended to until the next batch must then be of this shape and dtype: calls with lengths do not ask again, and
+    where ranks break this their messages do not fit, which ends in a failed exchange, a wait for the group's timeout,
+    or wrong results.
+    """
+    return context.with_lengths(_agreed(_mesh(*_names(context)), shape, dtype, device))
+
+
 def ulysses_attention(
     q_BTHK: Tensor,
     k_BTHK: Tensor,
@@ -423,9 +475,11 @@ def ulysses_attention(
     """Attention of this rank's tokens over those of all ranks of `group`, by an all-to-all: out [B, T, H, K].
 
     q, k, v: [B, T, H, K] of this rank, T >= 0 of its own. Differentiable. scale: K^-1/2 by default. lengths: T of every
-    rank, if agreed before; else each call gathers and checks them. ValueError where the group's size does not divide H.
-    ContextParallelError, on every rank, where ranks disagree on anything but T; also where one dies.
+    rank, if agreed before (`agree_lengths`), and then trusted; else each call gathers and checks them. ValueError where
+    the group's size does not divide H, or this rank is not in the group. ContextParallelError, on every rank, where
+    ranks disagree on anything but T; also where one dies.
     """
+    _require_group("group", group)
     return _attend(q_BTHK, k_BTHK, v_BTHK, ContextParallel(group, None, _tuple(lengths)), scale)
 
 
@@ -439,6 +493,7 @@ def ring_attention(
     lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """The same by a ring, for any number of heads."""
+    _require_group("group", group)
     return _attend(q_BTHK, k_BTHK, v_BTHK, ContextParallel(None, group, _tuple(lengths)), scale)
 
 
@@ -456,6 +511,8 @@ def hybrid_attention(
 
     lengths: of all ranks of the mesh, by ring rank * size of ulysses + ulysses rank.
     """
+    _require_group("ulysses_group", ulysses_group)
+    _require_group("ring_group", ring_group)
     return _attend(q_BTHK, k_BTHK, v_BTHK, ContextParallel(ulysses_group, ring_group, _tuple(lengths)), scale)
 
 
@@ -501,17 +558,10 @@ def _tuple(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, context: ContextParallel, scale: float | None) -> Tensor:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4 or x.shape != q.shape:
-            raise ValueError(
-                f"{name} is {list(x.shape)}; q, k and v must be [batch, tokens, heads, channels], all alike"
-            )
-        if x.dtype not in launch.DTYPES or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {x.dtype} on {x.device}; it must be float32, bfloat16, float16 or float64, "
-                f"and as q is, {q.dtype} on {q.device}"
-            )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    attention.check_qkv(q, k, v)
+    if k.shape != q.shape:
+        raise ValueError(f"k is {list(k.shape)}; it must be {list(q.shape)}, as q is: each rank has keys of its tokens")
+    scale = attention.check_scale(scale, q.shape[-1])
     return _context_attention(q, k, v, *_names(context), scale, _lengths(context))[0]
 
 

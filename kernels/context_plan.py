@@ -8,6 +8,10 @@ ring), U R = P. Two lanes run side by side, the rank's own work and its exchange
     ring         R blocks of attention, each a 1/R of the whole. Under all but the last, k and v pass on (2 U'); in the
                  backward, under all but the first, their gradients in float32 (4 U'), and once more at the end, exposed
     sums         R - 1 times in float32, memory bound: 6 U' moved forward, 18 U' backward
+    copies       of out between streams and groups of heads, memory bound: 2 U' moved forward; 4 U' backward, dout too
+
+The host posts an exchange message by message: 2 for every peer, tensor and, in the all-to-all, batch item. It is well
+ahead of the device, so that this shows only where it takes longer than all else: for many short sequences.
 
 Nothing here is measured on this project's machines: every constant names its source. The lane of exchanges slows
 attention down while it runs, for it takes multiprocessors from it, and the model does not know by how much: measured
@@ -20,10 +24,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-FORWARD_FLOPS_PER_S = (
-    690e12  # cuDNN 9.19 on H200, bfloat16, 128 channels, 8k to 32k tokens: cudnn-frontend's own results
-)
-BACKWARD_FLOPS_PER_S = 572e12  # the same; the backward counts 2.5 times the forward's operations
+# cuDNN 9.19.1 on an H200, bfloat16, 128 channels, 8k to 32k tokens (cudnn-frontend, 2026-02); the backward counts 2.5
+# times the forward's operations
+FORWARD_FLOPS_PER_S = 690e12  # published: 691 to 702
+BACKWARD_FLOPS_PER_S = 600e12  # published: 572 to 612
+MESSAGE_S = 5e-6  # assumed: the host's time to post a send or a receive through PyTorch
 MEMORY_BYTES_PER_S = 4e12  # H200: 4.8e12 on paper; what a fused pass over memory reaches is nearer to this
 NEAR = 0.05  # the default may be so much slower, in parts of the best, before it is left
 
@@ -65,13 +70,13 @@ NVLINK = Link(
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work on one of a rank's two lanes: "attention" and "sum" on its own, "exchange" on the other."""
+    """A piece of work: "attention", "sum" and "copy" on a rank's own lane, "exchange" on the other."""
 
     kind: str
     name: str
     start_s: float
     duration_s: float
-    bytes: int = 0  # that an exchange sends, or a sum moves
+    bytes: int = 0  # that an exchange sends, or a sum or copy moves
 
     @property
     def end_s(self) -> float:
@@ -90,7 +95,7 @@ class Timeline:
 
     @property
     def compute_s(self) -> float:
-        """Of the rank's own lane: attention and sums."""
+        """Of the rank's own lane: attention, sums and copies."""
         return sum(step.duration_s for step in self.steps if step.kind != "exchange")
 
     @property
@@ -127,20 +132,30 @@ class _Clock:
 
     own_s: float = 0.0
     exchange_s: float = 0.0
+    host_s: float = 0.0  # that posting messages takes
     steps: list[Step] = field(default_factory=list)
 
     def work(self, kind: str, name: str, seconds: float, moved: int = 0) -> None:
         self.steps.append(Step(kind, name, self.own_s, seconds, moved))
         self.own_s += seconds
 
-    def post(self, name: str, sent: int, link: Link) -> None:
+    def move(self, kind: str, name: str, moved: int) -> None:
+        self.work(kind, name, moved / MEMORY_BYTES_PER_S, moved)
+
+    def post(self, name: str, sent: int, messages: int, link: Link) -> None:
         """An exchange that starts as soon as both what is posted now and its lane are ready."""
+        self.host_s += messages * MESSAGE_S
         start, seconds = max(self.own_s, self.exchange_s), sent / link.bytes_per_s + link.latency_s
         self.steps.append(Step("exchange", name, start, seconds, sent))
         self.exchange_s = start + seconds
 
     def wait(self) -> None:
         self.own_s = max(self.own_s, self.exchange_s)
+
+    def end(self) -> Timeline:
+        if self.host_s > self.own_s:
+            self.steps.append(Step("exchange", "posting by the host", self.own_s, self.host_s - self.own_s))
+        return Timeline(tuple(self.steps))
 
 
 def timeline(
@@ -154,53 +169,60 @@ def timeline(
     batch: int = 1,
     channels: int = 128,
     element_bytes: int = 2,
+    streams: int = 2,
 ) -> Timeline:
-    """The steps of one block's attention; mode is "forward" or "backward". Pure."""
+    """The steps of one block's attention over `streams` projections; mode is "forward" or "backward". Pure."""
     ranks, backward = ulysses * ring, mode == "backward"
     unit = round(batch * tokens / ranks * heads * channels) * element_bytes
-    wide = unit // element_bytes * 4
+    wide = unit // element_bytes * max(4, element_bytes)
     flops = 4 * batch * tokens**2 * heads * channels / ranks
     attention_s = 2.5 * flops / BACKWARD_FLOPS_PER_S if backward else flops / FORWARD_FLOPS_PER_S
     across, around = link.between(ulysses), link.between(ranks)
     clock = _Clock()
 
-    def all_to_all(name: str, tensors: int) -> None:
+    def all_to_all(name: str, tensors: int, with_lse: bool) -> None:
         if ulysses > 1:
-            clock.post(name, tensors * unit * (ulysses - 1) // ulysses, across)
+            messages = 2 * (ulysses - 1) * (tensors + with_lse) * batch
+            clock.post(name, tensors * unit * (ulysses - 1) // ulysses, messages, across)
             clock.wait()
 
-    all_to_all("q, k, v, out, dout" if backward else "q, k, v", 5 if backward else 3)
+    copied = ulysses > 1 or streams > 1
+    if copied and backward:
+        clock.move("copy", "out, dout", 4 * unit)
+    all_to_all("q, k, v, out, dout" if backward else "q, k, v", 5 if backward else 3, with_lse=backward)
     for step in range(ring):
         passed = (["k, v"] if step < ring - 1 else []) + (["dk, dv"] if backward and step else [])
         if passed:
             sent = (2 * unit if "k, v" in passed else 0) + (2 * wide if "dk, dv" in passed else 0)
-            clock.post(", ".join(passed), sent, around)
+            clock.post(", ".join(passed), sent, 4 * len(passed), around)
         clock.work("attention", f"block {step + 1} of {ring}", attention_s / ring)
         clock.wait()
         if step:
-            moved = 3 * wide * (3 if backward else 1)
-            clock.work("sum", "dq, dk, dv" if backward else "out", moved / MEMORY_BYTES_PER_S, moved)
+            clock.move("sum", "dq, dk, dv" if backward else "out", 3 * wide * (3 if backward else 1))
     if backward and ring > 1:
-        clock.post("dk, dv", 2 * wide, around)
+        clock.post("dk, dv", 2 * wide, 4, around)
         clock.wait()
-    all_to_all("dq, dk, dv" if backward else "out", 3 if backward else 1)
-    return Timeline(tuple(clock.steps))
+    all_to_all("dq, dk, dv" if backward else "out", 3 if backward else 1, with_lse=not backward)
+    if copied and not backward:
+        clock.move("copy", "out", 2 * unit)
+    return clock.end()
 
 
 def temporary_bytes(
     tokens: int, heads: int, ulysses: int, ring: int, *, batch: int = 1, channels: int = 128, element_bytes: int = 2
 ) -> int:
-    """The most that the backward holds at once beside what is saved.
+    """The most that the backward of text and video holds at once beside what is saved, and beside attention's own.
 
-    The all-to-all: q, k, v, out and its gradient, grouped and whole. The ring: q, k, v (and with an all-to-all out and
-    its gradient), k and v that arrive, dq and its part, and of dk and dv what leaves, what arrives and this block's
-    part, these in float32.
+    The all-to-all: q, k, v, out and its gradient, grouped and whole. The ring: q, out and its gradient, k and v of the
+    block at hand and of one that arrives (none does in the last step); in float32 dq and its part, and of dk and dv
+    what leaves, what arrives and this block's part. On NCCL the allocator reuses what was sent or received only once
+    the device is past the exchange, so that a host which is far ahead may hold some of it for longer.
     """
     elements = round(batch * tokens / (ulysses * ring) * heads * channels)
-    narrow = elements * element_bytes
+    narrow, wide = elements * element_bytes, elements * max(4, element_bytes)
     if ring == 1:
-        return (10 if ulysses > 1 else 3) * narrow
-    return max(10 * narrow if ulysses > 1 else 0, (7 if ulysses > 1 else 5) * narrow + 8 * elements * 4)
+        return (10 if ulysses > 1 else 8) * narrow
+    return (7 if ring > 2 else 5) * narrow + 8 * wide
 
 
 def choose_context_parallel(

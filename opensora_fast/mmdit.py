@@ -136,8 +136,8 @@ class MMDiT(nn.Module):
                 the backward; beyond the depth means all.
             context: the ranks that share each sequence. img, img_ids, txt, txt_ids and cond are then this rank's tokens
                 of it (`sequence_shards.shard`; there may be none), and so is the velocity; the other arguments are
-                alike on all ranks. A gradient of a parameter is this rank's part of a sum over the ranks. With
-                `context.with_lengths(...)` the ranks need not ask each other for the lengths in every block.
+                alike on all ranks. A gradient of a parameter is this rank's part of a sum over the ranks. Without
+                lengths (`agree_lengths`) the ranks ask each other in every block, and the host waits for the device.
 
         Raises UserError naming an argument that is missing, refused or misshapen.
         """

@@ -6,6 +6,8 @@ A length that P does not divide gives the first ranks one token more. Nothing is
 nothing at all. Attention is full and positions are rotated before ranks exchange anything, so the order in which the
 ranks' tokens stand in the joint sequence does not matter.
 
+A rank that dies or hangs while others wait for it ends them with a ContextParallelError.
+
 Shapes  x [B, N, ...]: B batch, N tokens.  P ranks of a `ContextParallel`, numbered ring * size of ulysses + ulysses.
 """
 
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels.context_exchange import named_failure
 from opensora_fast.kernels.context_parallel import ContextParallel
 
 
@@ -52,9 +55,10 @@ def gather(local: Tensor, tokens: int, context: ContextParallel, *, dim: int = 1
     parts = local_N.new_zeros(max(lengths), *local_N.shape[1:])  # equally long: what all backends can gather
     parts[: len(local_N)] = local_N
     for group in axes(context):
-        gathered = parts.new_empty(group.size() * len(parts), *parts.shape[1:])
-        dist.all_gather_into_tensor(gathered, parts, group=group)
-        parts = gathered
+        gathered = [torch.empty_like(parts) for _ in range(group.size())]
+        with named_failure(group, "the ranks' parts of a whole"):
+            dist.all_gather(gathered, parts, group=group)
+        parts = torch.cat(gathered)
     starts = range(0, len(parts), max(lengths)) if len(parts) else [0] * context.size
     whole = torch.cat([parts[start : start + length] for start, length in zip(starts, lengths, strict=True)])
     return whole.movedim(0, dim)
@@ -63,7 +67,8 @@ def gather(local: Tensor, tokens: int, context: ContextParallel, *, dim: int = 1
 def broadcast(x: Tensor, source: int, context: ContextParallel) -> None:
     """Fill the contiguous `x` of every rank with that of rank `source`."""
     for group, group_source in hops(source, context):
-        dist.broadcast(x, group=group, group_src=group_source)
+        with named_failure(group, f"what rank {source} of the context has"):
+            dist.broadcast(x, group=group, group_src=group_source)
 
 
 def hops(source: int, context: ContextParallel) -> list[tuple[dist.ProcessGroup, int]]:
@@ -89,7 +94,8 @@ class _Total(torch.autograd.Function):
     def forward(ctx, part: Tensor, context: ContextParallel) -> Tensor:
         value = part.clone()
         for group in axes(context):
-            dist.all_reduce(value, group=group)
+            with named_failure(group, "the ranks' parts of a sum"):
+                dist.all_reduce(value, group=group)
         return value
 
     @staticmethod

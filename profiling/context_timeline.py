@@ -5,9 +5,9 @@
     exposed   the part of an exchange in which nothing computes; hidden is the rest of it
 
 So total = compute + exposed, and nothing hides for longer than what runs beside it. Nothing is measured: the constants
-are those of `profiling.hardware` and `kernels.context_plan`, which name their sources. What a launch costs is left out,
-and so is what exchanges take away from the kernels that run beside them, which is why the ring looks better here than
-it has been measured elsewhere.
+are those of `profiling.hardware` and `kernels.context_plan`, which name their sources. What a launch costs is left out
+(what posting messages costs is not), and so is what exchanges take away from the kernels that run beside them, which is
+why the ring looks better here than it has been measured elsewhere.
 
 Letters   B batch, T tokens of this rank in one stream, D hidden size, M that of the MLP.
 """
@@ -38,6 +38,7 @@ from opensora_fast.kernels.cost import Cost
 from opensora_fast.profiling.block import KINDS
 from opensora_fast.profiling.console import print_table
 from opensora_fast.profiling.hardware import H200, Hardware
+from opensora_fast.sequence_shards import shard_lengths
 
 RANKS = 4
 SCHEMES = {"ulysses": (RANKS, 1), "ring": (1, RANKS)}  # name -> (columns of the all-to-all, rows of the ring)
@@ -129,7 +130,7 @@ def block_timeline(
     """
     batch, text, video = shape
     ranks = mesh[0] * mesh[1]
-    parts = (text // ranks, video // ranks)
+    parts = (shard_lengths(text, ranks)[0], shard_lengths(video, ranks)[0])  # of the busiest rank
     share = Share(
         kind=kind,
         batch=batch,
@@ -138,7 +139,14 @@ def block_timeline(
         hardware=hardware,
     )
     between = context_plan.timeline(
-        mode, text + video, config.num_heads, *mesh, link, batch=batch, channels=config.head_dim
+        mode,
+        sum(parts) * ranks,
+        config.num_heads,
+        *mesh,
+        link,
+        batch=batch,
+        channels=config.head_dim,
+        streams=len(share.streams),
     )
     projection = "norm, qkv" if kind == "double" else "norm, qkv and MLP"
     rest = "projection, MLP" if kind == "double" else "projection"
@@ -183,7 +191,9 @@ def hidden_s(timeline: Timeline, exchange: Step) -> float:
 
 
 def piece_name(step: Step) -> str:
-    return {"attention": "attention", "sum": f"sum of {step.name}"}.get(step.kind, step.name)
+    if step.kind in ("sum", "copy"):
+        return f"{step.kind} of {step.name}"
+    return "attention" if step.kind == "attention" else step.name
 
 
 def pieces(timeline: Timeline) -> list[Piece]:
@@ -207,12 +217,12 @@ def pieces(timeline: Timeline) -> list[Piece]:
 def mark(step: Step) -> str:
     if step.kind == "attention":
         return "A"
-    if step.kind == "sum":
-        return "s"
+    if step.kind in ("sum", "copy"):
+        return step.kind[0]
     return "r" if step.name.startswith(ROTATION) else step.name[0]
 
 
-MARKS = "n norm and qkv, r rotation of q and k, A attention, s sum, p projection and MLP; # exposed, = hidden"
+MARKS = "n norm and qkv, r rotation of q and k, A attention, s sum, c copy, p projection and MLP; # exposed, = hidden"
 
 
 def bars(timeline: Timeline, seconds_per_cell: float) -> tuple[str, str]:
@@ -238,6 +248,7 @@ SOURCES = (
     f"{context_plan.BACKWARD_FLOPS_PER_S / 1e12:g} backward: cuDNN 9.19 on an H200, published with cudnn-frontend",
     f"other products: {H200.matmul_flops / 1e12:g} TFLOP/s, assumed: {H200.matmul_flops / H200.peak_flops:.0%} of the "
     "data sheet's peak",
+    f"messages: {context_plan.MESSAGE_S * 1e6:g} us of the host's time for each, assumed; it runs ahead of the device",
     f"memory: {H200.copy_bytes / 1e12:g} TB/s, assumed: {H200.copy_bytes / H200.peak_bytes:.0%} of the data sheet's",
 )
 CAPTION = (

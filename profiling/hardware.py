@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from opensora_fast.kernels import context_plan
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
@@ -20,8 +22,8 @@ H200 = Hardware(
     name="H200",
     peak_flops=989e12,  # NVIDIA's data sheet, without sparsity
     peak_bytes=4.8e12,  # the same
-    copy_bytes=4.0e12,  # assumed: 83 % of the peak
+    copy_bytes=context_plan.MEMORY_BYTES_PER_S,  # assumed: 83 % of the peak
     matmul_flops=750e12,  # assumed: 76 % of the peak
-    attention_forward_flops=690e12,  # cuDNN 9.19.1 on an H200, 8k to 32k tokens: 691 to 702 (cudnn-frontend, 2026-02)
-    attention_backward_flops=600e12,  # the same: 572 to 612
+    attention_forward_flops=context_plan.FORWARD_FLOPS_PER_S,
+    attention_backward_flops=context_plan.BACKWARD_FLOPS_PER_S,
 )

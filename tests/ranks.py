@@ -8,9 +8,10 @@ both are pickled. The default group is ready, `torch.distributed.get_rank()` say
 fails the test with its traceback. A rank that dies, or a call that takes longer than its limit, fails it with the last
 lines that the rank printed. After any of these the world is ended, and the next test gets a new one.
 
-    results = ranks.disposable(3, timeout_s=5).run("kernels/test_example.py:one_dies")    # DIED where a rank died
+    results = ranks.disposable(3).run("kernels/test_example.py:one_dies")    # DIED where a rank died
 
-is a world of its own for one call, in which ranks may die; with backend="nccl" each has a GPU.
+is a world of its own for one call, in which ranks may die, best within groups that they make with a timeout of
+seconds, for that of the world is also the time to start in; with backend="nccl" each has a GPU.
 
 How: run as a script, this file is a server that imports once what ranks need and forks them on request. So a rank
 costs milliseconds, and no thread exists yet when it is forked. Ranks meet over a file and never over a fixed port, so
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent
-GROUP_TIMEOUT_S = 20.0
+GROUP_TIMEOUT_S = 30.0
 CALL_LIMIT_S = 120.0
 START_LIMIT_S = 60.0
 GRACE_S = 3.0  # for the other ranks, once one has failed: their own words, if they have any
@@ -74,7 +75,7 @@ class Ranks:
             world = self._worlds[size] = self._start(size, GROUP_TIMEOUT_S, "gloo", disposable=False)
         return world
 
-    def disposable(self, size: int, timeout_s: float, backend: str = "gloo") -> World:
+    def disposable(self, size: int, timeout_s: float = GROUP_TIMEOUT_S, backend: str = "gloo") -> World:
         """A new world for one call, in which ranks may die; timeout_s is that of its group. With nccl, a GPU a rank."""
         return self._start(size, timeout_s, backend, disposable=True)
 
@@ -234,9 +235,10 @@ def _serve(address: str) -> None:
     control = Client(address, family="AF_UNIX")
     import hypothesis  # noqa: F401  (imported once for all ranks)
     import pytest  # noqa: F401
+    import torch._dynamo  # (what the first call of a custom op would import, in seconds on every rank)
     import torch.distributed  # noqa: F401
 
-    import opensora_fast.kernels.attention  # noqa: F401
+    import opensora_fast.kernels.context_parallel  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how a rank ended
     while True:

@@ -98,8 +98,9 @@ class VelocityTask:
         """
         config = self.recipe.model
         if self.context is not None:  # the device is waited for, but at the beginning of a step it has nothing to do
-            given = (tuple(batch.video_BCTHW.shape), batch.paths, batch.text, generator.get_state().tolist())
-            require_alike("batch or generator", repr(given), self.context, self.device)
+            drawn = (tuple(batch.video_BCTHW.shape), batch.paths, batch.text, generator.get_state().tolist())
+            given = (drawn, config, self.dtype)  # all that the lengths and shapes of what is exchanged depend on
+            require_alike("batch, generator, model or dtype", repr(given), self.context, self.device)
         video_BCTHW = batch.video_BCTHW.to(self.device)
         conditions = self._draw_conditions(video_BCTHW, generator)
         keep_2B = torch.rand(2, len(batch.text), generator=generator) >= self.recipe.text.dropout

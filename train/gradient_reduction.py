@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from opensora_fast.kernels.context_exchange import named_failure
+
 BUCKET_BYTES = 256 << 20
 
 
@@ -29,9 +31,10 @@ def reduce_gradients(
     dtype: torch.dtype | None = torch.float32,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> None:
-    """Replace the gradients of `parameters` by g, the same on all ranks.
+    """Replace the gradients of `parameters` by g, on all ranks.
 
-    groups: one group of all ranks, or the axes of their mesh, which are then summed over in turn.
+    groups: one group of all ranks, or the axes of their mesh, which are then summed over in turn. In turn, ranks may
+    round differently: pass one group where replicas must stay alike to the bit.
     batches: G, how many batches the ranks of these groups hold between them.
     dtype: the sums are at least as wide as this; None is each gradient's own dtype. The result is rounded once to that.
     bucket_bytes: gradients of one dtype travel together, up to so many bytes of them.
@@ -44,7 +47,8 @@ def reduce_gradients(
         wide = parts[0].dtype if dtype is None else torch.promote_types(parts[0].dtype, dtype)
         flat = torch.cat([part.to(wide).flatten() for part in parts])
         for group in groups:
-            dist.all_reduce(flat, group=group)
+            with named_failure(group, "gradients"):
+                dist.all_reduce(flat, group=group)
         flat /= batches
         for parameter, reduced in zip(bucket, flat.split([part.numel() for part in parts]), strict=True):
             if parameter.grad is None:

@@ -3,7 +3,8 @@
 The frozen encoders are a good part of a step, and every rank of a context-parallel group needs all of their results.
 Items are dealt out by cost, dearest first, each to the rank with the least so far: with one clip, the autoencoder and
 the text encoders work on different ranks at the same time. Each rank encodes all of its items first; then every part
-is broadcast from its owner, as it is, so that all ranks hold the same values.
+is broadcast from its owner, as it is, so that all ranks hold the same values. Where a rank dies meanwhile, the others
+end with a ContextParallelError.
 
 Source    longest-processing-time-first scheduling (Graham 1969).
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from opensora_fast.autoencoder import Autoencoder
 from opensora_fast.errors import UserError
+from opensora_fast.kernels.context_exchange import named_failure
 from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.sequence_shards import broadcast, gather, hops
 
@@ -37,14 +39,19 @@ Layout = list[tuple[tuple[int, ...], torch.dtype]]  # shape of one item and dtyp
 class Work:
     """`count` items for one encoder. `encode(items)` gives tensors that have these items along their first axis.
 
-    cost: of one item, in the unit of all works that are dealt out together. signature: works with equal ones have
-    results that are alike in all but their number, so that ranks need to agree on their shapes only once.
+    count: at least 1. cost: of one item, in the unit of all works that are dealt out together. signature: works with
+    equal ones have results that are alike in all but their number, so that ranks need to agree on their shapes only
+    once.
     """
 
     signature: tuple
     count: int
     cost: float
     encode: Callable[[slice], tuple[Tensor, ...]]
+
+    def __post_init__(self) -> None:
+        if self.count < 1:  # nobody would have results, whose shapes the others need
+            raise ValueError(f"the work {self.signature} has count={self.count}; leave it out")
 
 
 def deal(works: Sequence[Work], ranks: int) -> list[list[slice]]:
@@ -99,7 +106,8 @@ def _agree(layout: Layout, source: int, context: ContextParallel) -> Layout:
     """The layout that rank `source` has."""
     box = [layout]
     for group, group_source in hops(source, context):
-        dist.broadcast_object_list(box, group=group, group_src=group_source)
+        with named_failure(group, "the shapes of encoded items"):
+            dist.broadcast_object_list(box, group=group, group_src=group_source)
     return box[0]
 
 
@@ -157,5 +165,5 @@ def require_alike(name: str, value: str, context: ContextParallel, device: torch
         if other != digests[0]:
             raise UserError(
                 f"rank {rank} of a context-parallel group has another {name} than rank 0: ranks that share a sequence "
-                "must be given the same batch and the same seed"
+                "must be given the same batch, seed and model"
             )

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import gc
+import itertools
 import os
-from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -12,9 +13,19 @@ import torch.distributed as dist
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from opensora_fast.kernels import attention, backend, context_exchange, context_parallel, context_plan, launch
+from opensora_fast.kernels import (
+    attention,
+    backend,
+    context_exchange,
+    context_parallel,
+    context_plan,
+    launch,
+    qk_norm_rope,
+)
 from opensora_fast.kernels.context_parallel import (
     ContextParallel,
+    agree_lengths,
+    context_of,
     hybrid_attention,
     ring_attention,
     single_rope_attention,
@@ -28,21 +39,7 @@ HERE = "kernels/test_context_parallel.py"
 # What runs on the ranks. A mesh is (ulysses, ring).
 
 
-@functools.cache
-def groups(ulysses, ring, timeout_s=20):
-    """This rank's (ulysses group, ring group), None for an axis of one rank."""
-    size = ulysses * ring
-    assert size == dist.get_world_size()
-    rows = [list(range(first, first + ulysses)) for first in range(0, size, ulysses)]
-    columns = [list(range(first, size, ulysses)) for first in range(ulysses)]
-    made = {
-        tuple(ranks): dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
-        for ranks in (*rows, *columns)
-        if len(ranks) > 1
-    }
-    rank = dist.get_rank()
-    own_row, own_column = rows[rank // ulysses], columns[rank % ulysses]
-    return made.get(tuple(own_row)), made.get(tuple(own_column))
+context = functools.cache(context_of)
 
 
 def make(*shape, seed):
@@ -59,24 +56,24 @@ def shard(x, lengths, dtype=torch.float32, device="cpu"):
     return x[:, start : start + lengths[dist.get_rank()]].to(device, dtype)
 
 
-def attend(ulysses, ring, leaves, lengths, scale=None):
-    if ring is None:
-        return ulysses_attention(*leaves, ulysses, scale=scale, lengths=lengths)
-    if ulysses is None:
-        return ring_attention(*leaves, ring, scale=scale, lengths=lengths)
-    return hybrid_attention(*leaves, ulysses, ring, scale=scale, lengths=lengths)
+def attend(here, leaves, lengths, scale=None):
+    if here.ring is None:
+        return ulysses_attention(*leaves, here.ulysses, scale=scale, lengths=lengths)
+    if here.ulysses is None:
+        return ring_attention(*leaves, here.ring, scale=scale, lengths=lengths)
+    return hybrid_attention(*leaves, here.ulysses, here.ring, scale=scale, lengths=lengths)
 
 
 def on_rank(
-    mesh, B, lengths, H, K, *, dtype=torch.float32, agreed=False, scale=None, compiled=False, name=None, device="cpu"
+    mesh, B, lengths, H, K, *, dtype=torch.float32, agreed=False, scale=None, compiled="", name=None, device="cpu"
 ):
     """(out, dq, dk, dv) of this rank's tokens."""
     *qkv, grad = (shard(x, lengths, dtype, device) for x in qkv_of(B, lengths, H, K))
     leaves = [x.requires_grad_() for x in qkv]
     with backend.forced({"attention": name} if name else {}):
-        run = functools.partial(attend, *groups(*mesh), lengths=lengths if agreed else None, scale=scale)
+        run = functools.partial(attend, context(*mesh), lengths=lengths if agreed else None, scale=scale)
         if compiled:
-            run = torch.compile(run, fullgraph=True, backend="aot_eager")
+            run = torch.compile(run, fullgraph=True, backend=compiled)
         out = run(leaves)
         return [x.detach().cpu() for x in (out, *torch.autograd.grad(out, leaves, grad))]
 
@@ -91,7 +88,7 @@ def rope_inputs(B, lengths_of_streams, H, K):
     return streams, scales, angles, grads
 
 
-def rope_on_rank(mesh, B, lengths_of_streams, H, K, *, agreed=False, compiled=False, dtype=torch.float32):
+def rope_on_rank(mesh, B, lengths_of_streams, H, K, *, agreed=False, compiled="", dtype=torch.float32):
     """outs, gradients of streams, gradients of scales, of this rank."""
     streams, scales, angles, grads = rope_inputs(B, lengths_of_streams, H, K)
     streams, angles, grads = (
@@ -99,17 +96,17 @@ def rope_on_rank(mesh, B, lengths_of_streams, H, K, *, agreed=False, compiled=Fa
         for tensors in (streams, angles, grads)
     )
     leaves = [x.to(dtype).requires_grad_() for x in (*streams, *scales)]
-    context = ContextParallel(*groups(*mesh))
+    here = context(*mesh)
     lengths = [sum(of_rank) for of_rank in zip(*lengths_of_streams, strict=True)]
-    assert (context.size, context.rank) == (len(lengths), dist.get_rank())
+    assert (here.size, here.rank) == (len(lengths), dist.get_rank())
     angle = torch.cat(angles, dim=1).to(torch.promote_types(dtype, torch.float32))
     function = split_rope_attention if len(streams) > 1 else single_rope_attention
 
     def run(*leaves):
-        outs = function(*leaves, angle.cos(), angle.sin(), context=context.with_lengths(lengths) if agreed else context)
+        outs = function(*leaves, angle.cos(), angle.sin(), context=here.with_lengths(lengths) if agreed else here)
         return outs if isinstance(outs, tuple) else (outs,)
 
-    outs = (torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run)(*leaves)
+    outs = (torch.compile(run, fullgraph=True, backend=compiled) if compiled else run)(*leaves)
     assert all(out.is_contiguous() for out in outs)
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)]
 
@@ -282,8 +279,15 @@ def test_tokens_of_one_projection(ranks, mesh):
 @pytest.mark.parametrize("agreed", [False, True], ids=["gathered", "agreed"])
 def test_compiled_into_one_node(ranks, mesh, agreed):
     lengths = uneven(mesh)
-    check(ranks, mesh, 2, lengths, 4, 8, compiled=True, agreed=agreed)
-    check_rope(ranks, mesh, 2, [[2, 1, 0, 3][: len(lengths)], lengths], 4, 8, compiled=True, agreed=agreed)
+    check(ranks, mesh, 2, lengths, 4, 8, compiled="aot_eager", agreed=agreed)
+    check_rope(ranks, mesh, 2, [[2, 1, 0, 3][: len(lengths)], lengths], 4, 8, compiled="aot_eager", agreed=agreed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=str)
+def test_compiled_by_inductor(ranks, mesh):
+    check(ranks, mesh, 2, uneven(mesh), 4, 8, compiled="inductor")
+    check_rope(ranks, mesh, 2, [[2, 1], uneven(mesh)], 4, 8, compiled="inductor")
 
 
 def kept_on_rank(mesh, lengths):
@@ -294,7 +298,7 @@ def kept_on_rank(mesh, lengths):
     leaves = [x.contiguous().requires_grad_() for x in leaves]
     tables, kept = (angle.cos(), angle.sin()), {}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
-        out = single_rope_attention(*leaves, *tables, context=ContextParallel(*groups(*mesh)))
+        out = single_rope_attention(*leaves, *tables, context=context(*mesh))
     known = {t.data_ptr() for t in (*leaves, *tables, out)}
     return [tuple(t.shape) for pointer, t in kept.items() if pointer not in known]
 
@@ -329,7 +333,7 @@ def events_on_rank(mesh, lengths, H, K):
     with contextlib.ExitStack() as stack:
         for owner, attribute, name in places:
             stack.enter_context(mock.patch.object(owner, attribute, logged(name, getattr(owner, attribute))))
-        out = attend(*groups(*mesh), leaves, lengths)
+        out = attend(context(*mesh), leaves, lengths)
         direction[0] = "backward"
         torch.autograd.grad(out, leaves, grad)
     return events
@@ -342,12 +346,84 @@ def test_sends_what_the_model_says_and_attends_while_blocks_travel(ranks, mesh):
         for direction in ("forward", "backward"):
             model = context_plan.timeline(direction, sum(lengths), H, *mesh, channels=K)
             sent = [size for where, name, size in events if where == direction and name == "post" and size]
-            assert sent == [step.bytes for step in model.steps if step.kind == "exchange"]
+            assert sent == [step.bytes for step in model.steps if step.kind == "exchange" and step.bytes]
             names = [name for where, name, _ in events if where == direction]
             around = ["post", "wait"] if mesh[0] > 1 else []
             last = ["post", "wait"] if direction == "backward" and mesh[1] > 1 else []
             steps = ["post", "attend", "wait"] * mesh[1] if mesh[1] > 1 else ["attend"]
             assert names == [*around, *steps, *last, *around]
+
+
+def results_of_two_runs(mesh, lengths):
+    ours = [on_rank(mesh, 2, lengths, 12, 16), on_rank(mesh, 2, lengths, 12, 16)]
+    streams = [[2, 1, 0, 3][: len(lengths)], lengths]
+    return ours, [rope_on_rank(mesh, 2, streams, 12, 16), rope_on_rank(mesh, 2, streams, 12, 16)]
+
+
+@pytest.mark.parametrize("mesh", [(3, 1), (1, 3), (2, 2)], ids=str)
+def test_two_runs_are_bitwise_equal(ranks, mesh):
+    for of_rank in ranks(mesh[0] * mesh[1]).run(f"{HERE}:results_of_two_runs", mesh, uneven(mesh)):
+        for one, other in of_rank:
+            assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
+# Memory.
+
+
+def stand_in_streams(streams, scales, cos, sin, eps, groups, *, with_v):
+    B, _, _, H, K = streams[0].shape
+    shape = (B, sum(stream.shape[1] for stream in streams), H // groups, K)
+    return [streams[0].new_zeros(shape if groups == 1 else (groups, *shape)) for _ in range(3)]
+
+
+def stand_in_gradients(dq, dk, dv, streams, *_):
+    return streams, []
+
+
+def stand_in_forward(q, k, v, scale, *, wide=False):
+    """Results of attention's sizes, and no temporaries."""
+    dtype = torch.float32 if wide else q.dtype
+    return torch.zeros(q.shape, dtype=dtype), torch.zeros(q.shape[0], q.shape[2], q.shape[1])
+
+
+def stand_in_backward(dout, q, k, v, out, lse, scale, *, wide=False):
+    return tuple(torch.zeros(x.shape, dtype=torch.float32 if wide else x.dtype) for x in (q, k, v))
+
+
+def most_held_in_the_backward(mesh, T, H, K):
+    """The most bytes of tensors at once, less those from before."""
+    here = context(*mesh)
+    here = here.with_lengths([T] * here.size)
+    streams = [torch.ones(1, tokens, 3, H, K, dtype=torch.bfloat16) for tokens in (T // 4, T - T // 4)]
+    scales = [torch.ones(K, dtype=torch.bfloat16) for _ in range(4)]
+    tables = torch.ones(T, K // 2), torch.zeros(T, K // 2)
+    names = context_parallel._names(here)
+    backward = context_parallel._context_rope_attention_backward._init_fn
+    with (
+        mock.patch.object(attention, "forward", stand_in_forward),
+        mock.patch.object(attention, "backward", stand_in_backward),
+        mock.patch.object(qk_norm_rope, "forward_streams", stand_in_streams),
+        mock.patch.object(qk_norm_rope, "backward_streams", stand_in_gradients),
+    ):
+        *outs, lse, lengths_P = context_parallel._context_rope_attention(
+            streams, scales, *tables, 1e-6, *names, list(here.lengths)
+        )
+        douts = [torch.ones_like(out) for out in outs]
+        gc.collect()  # what earlier tests left is not to be freed meanwhile
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            backward(douts, streams, scales, *tables, outs, lse, lengths_P, 1e-6, *names)
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
+
+
+@pytest.mark.parametrize("mesh", [(2, 1), (4, 1), (1, 2), (1, 3), (1, 4), (2, 2)], ids=str)
+def test_holds_what_the_model_says(ranks, mesh):
+    T, H, K = 128, 4, 128
+    size = mesh[0] * mesh[1]
+    stated = context_plan.temporary_bytes(size * T, H, *mesh, channels=K)
+    for held in ranks(size).run(f"{HERE}:most_held_in_the_backward", mesh, T, H, K):
+        assert held == pytest.approx(stated, rel=0.05)
 
 
 # Numerics of 16 bits.
@@ -372,7 +448,7 @@ def by_steps_of_a_ring(q, k, v, grad, ranks):
         out_s, lse_s = total[0].to(q.dtype), total[1]
         dq = torch.zeros_like(q_s, dtype=torch.float32)
         for block, dk, dv in zip(blocks, dks, dvs, strict=True):
-            parts = context_parallel.block_gradients(dout_s, q_s, *block, out_s, lse_s, scale)
+            parts = attention.backward(dout_s, q_s, *block, out_s, lse_s, scale, wide=True)
             for sums, part in zip((dq, dk, dv), parts, strict=True):
                 sums += part
         outs.append(out_s)
@@ -433,11 +509,12 @@ def test_error_in_bfloat16_on_ranks(ranks, mesh):
 def test_eight_ranks(ranks, mesh):
     lengths = [33, 32, 30, 0, 40, 25, 34, 31]
     arguments = mesh, 1, lengths, 24, 32
-    ours = ranks.disposable(8, timeout_s=60).run(f"{HERE}:call", "on_rank", arguments, {})
+    world = ranks(8)
+    ours = world.run(f"{HERE}:call", "on_rank", arguments, {})
     exact = one_process(*arguments[1:])
     assert_close([torch.cat(parts, dim=1) for parts in zip(*ours, strict=True)], exact, own_sizes(exact))
     inputs, exact = inputs_in_bfloat16(lengths, H=24, K=32)
-    ours = ranks.disposable(8, timeout_s=60).run(f"{HERE}:call", "on_rank", arguments, {"dtype": torch.bfloat16})
+    ours = world.run(f"{HERE}:call", "on_rank", arguments, {"dtype": torch.bfloat16})
     ours = [torch.cat(parts, dim=1) for parts in zip(*ours, strict=True)]
     assert (errors(ours, exact) <= 1.5 * errors(on_one_rank(*inputs), exact)).all()
 
@@ -463,16 +540,16 @@ def test_on_gpus(ranks, mesh):
 
 def error_of(function, *arguments, **how):
     try:
-        function(*arguments, **how)
+        result = function(*arguments, **how)
     except (context_parallel.ContextParallelError, ValueError) as error:
         return type(error).__name__, str(error)
-    return "", ""
+    return "", "" if isinstance(result, torch.Tensor | None) else result
 
 
 def with_another_shape(mesh, odd_rank, shape, dtype):
     mine = dist.get_rank() == odd_rank
     q = torch.zeros(*(shape if mine else (2, 3, 12, 4)), dtype=dtype if mine else torch.float32)
-    return error_of(attend, *groups(*mesh), (q, q, q), None)
+    return error_of(attend, context(*mesh), (q, q, q), None)
 
 
 @pytest.mark.parametrize("mesh", [(3, 1), (1, 3), (2, 2)], ids=str)
@@ -480,10 +557,10 @@ def with_another_shape(mesh, odd_rank, shape, dtype):
 @pytest.mark.parametrize(
     ("shape", "dtype", "named"),
     [
-        ((3, 3, 12, 4), torch.float32, "batch items 3; the others hold 2"),
-        ((2, 3, 24, 4), torch.float32, "heads 24; the others hold 12"),
-        ((2, 3, 12, 8), torch.float32, "channels in a head 8; the others hold 4"),
-        ((2, 3, 12, 4), torch.bfloat16, "dtype torch.bfloat16; the others hold torch.float32"),
+        ((3, 3, 12, 4), torch.float32, "batch items 3; most hold 2"),
+        ((2, 3, 24, 4), torch.float32, "heads 24; most hold 12"),
+        ((2, 3, 12, 8), torch.float32, "channels in a head 8; most hold 4"),
+        ((2, 3, 12, 4), torch.bfloat16, "dtype torch.bfloat16; most hold torch.float32"),
     ],
     ids=["batch", "heads", "channels", "dtype"],
 )
@@ -497,9 +574,83 @@ def test_every_rank_hears_of_another_shape(ranks, mesh, odd_rank, shape, dtype, 
         assert f"this is rank {rank}" in message
 
 
+def test_without_a_majority_every_rank_is_listed(ranks):
+    for kind, message in ranks(2).run(f"{HERE}:with_another_shape", (2, 1), 0, (3, 3, 12, 4), torch.float32):
+        assert kind == "ContextParallelError"
+        assert message.startswith("the 2 ranks that share a sequence hold different batch items: rank 0 3, rank 1 2: ")
+
+
+def agreed_lengths(mesh, shapes, dtypes):
+    here, rank = context(*mesh), dist.get_rank()
+    return error_of(lambda: agree_lengths(here, shapes[rank], dtypes[rank], torch.device("cpu")).lengths)
+
+
+@pytest.mark.parametrize("mesh", [(3, 1), (1, 3)], ids=str)
+def test_lengths_are_agreed_on_once_for_all_calls(ranks, mesh):
+    shapes, dtypes = [(2, T, 6, 4) for T in (5, 0, 3)], [torch.float32] * 3
+    assert ranks(3).run(f"{HERE}:agreed_lengths", mesh, shapes, dtypes) == [("", (5, 0, 3))] * 3
+    for kind, said in ranks(3).run(f"{HERE}:agreed_lengths", mesh, [shapes[0], (2, 5, 12, 4), shapes[2]], dtypes):
+        assert kind == "ContextParallelError"
+        assert said.startswith("rank 1 of the 3 that share a sequence holds heads 12; most hold 6: ")
+    for kind, said in ranks(3).run(f"{HERE}:agreed_lengths", mesh, shapes, [*dtypes[1:], torch.bfloat16]):
+        assert kind == "ContextParallelError"
+        assert said.startswith("rank 2 of the 3 that share a sequence holds dtype torch.bfloat16; most hold ")
+
+
+def test_heads_are_agreed_on_with_lengths(ranks):
+    for kind, said in ranks(3).run(f"{HERE}:agreed_lengths", (3, 1), [(1, 2, 4, 4)] * 3, [torch.float32] * 3):
+        assert kind == "ValueError"
+        assert "4 heads cannot be shared out to 3 ranks" in said
+
+
+def places(mesh):
+    here = context(*mesh)
+    members = [None if group is None else dist.get_process_group_ranks(group) for group in (here.ulysses, here.ring)]
+    return here.size, here.rank, *members
+
+
+@pytest.mark.parametrize(
+    ("mesh", "of_rank_1", "of_rank_2"),
+    [
+        ((4, 1), (4, 1, [0, 1, 2, 3], None), (4, 2, [0, 1, 2, 3], None)),
+        ((2, 2), (4, 1, [0, 1], [1, 3]), (4, 2, [2, 3], [0, 2])),
+        ((2, 1), (2, 1, [0, 1], None), (2, 0, [2, 3], None)),
+        ((1, 2), (2, 1, None, [0, 1]), (2, 0, None, [2, 3])),
+        ((1, 1), (1, 0, None, None), (1, 0, None, None)),
+    ],
+    ids=str,
+)
+def test_consecutive_ranks_share_a_sequence(ranks, mesh, of_rank_1, of_rank_2):
+    answers = ranks(4).run(f"{HERE}:places", mesh)
+    assert answers[1:3] == [of_rank_1, of_rank_2]
+
+
+def refused_groups():
+    with pytest.raises(ValueError, match="ulysses=2 x ring=1 does not divide the world of 3 ranks"):
+        context_of(2, 1)
+    others = dist.new_group([0, 1])
+    q = torch.zeros(1, 3, 2, 4)
+    refused = [None] if dist.get_rank() < 2 else [None, others]
+    for group in refused:
+        for function in (ulysses_attention, ring_attention):
+            with pytest.raises(ValueError, match=f"group is {group}; it must be a process group of this rank's"):
+                function(q, q, q, group)
+        with pytest.raises(ValueError, match="ulysses_group is"):
+            hybrid_attention(q, q, q, group, dist.group.WORLD)
+        with pytest.raises(ValueError, match="ring_group is"):
+            hybrid_attention(q, q, q, dist.group.WORLD, group)
+    if len(refused) > 1:
+        with pytest.raises(ValueError, match="ring is "):
+            ContextParallel(None, others)
+
+
+def test_a_group_that_a_rank_is_not_in_is_refused(ranks):
+    ranks(3).run(f"{HERE}:refused_groups")
+
+
 def with_heads(mesh, heads):
     q = torch.zeros(1, 3, heads, 4)
-    return error_of(attend, *groups(*mesh), (q, q, q), None)
+    return error_of(attend, context(*mesh), (q, q, q), None)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused_everywhere(ranks):
@@ -512,28 +663,28 @@ def test_heads_that_cannot_be_shared_out_are_refused_everywhere(ranks):
 
 def dies(mesh, when):
     """What the calls of the ranks that live end with, when rank 1 dies or leaves."""
-    ulysses, ring = groups(*mesh, timeout_s=3)
+    dist.barrier()  # the groups have to be made within their timeout
+    here = context_of(*mesh, timeout_s=5)
     dist.barrier()  # nobody dies while others still make the groups
     q = torch.zeros(1, 3, 12, 4, requires_grad=True)
     lengths = [3] * dist.get_world_size()
     mine = dist.get_rank() == 1
     if mine and when in ("before", "leaves"):
         return os._exit(3) if when == "before" else ("", "")
-    functions = {"in the forward": "merge_block", "in the backward": "block_gradients"}
     if mine:
-        name = functions[when]
-        original, calls = getattr(context_parallel, name), []
+        name, last = when.removeprefix("in the "), min(2, mesh[1])
+        original, calls = getattr(attention, name), []
 
-        def last_words(*arguments):
+        def last_words(*arguments, **how):
             calls.append(arguments)
-            if len(calls) == 2:
+            if len(calls) == last:
                 os._exit(3)
-            return original(*arguments)
+            return original(*arguments, **how)
 
-        setattr(context_parallel, name, last_words)
+        setattr(attention, name, last_words)
 
     def step():
-        attend(ulysses, ring, (q, q, q), lengths if when.startswith("in") else None).sum().backward()
+        attend(here, (q, q, q), lengths if when.startswith("in") else None).sum().backward()
 
     return error_of(step)
 
@@ -543,6 +694,8 @@ def dies(mesh, when):
     [
         ((3, 1), "before"),
         ((3, 1), "leaves"),
+        ((3, 1), "in the forward"),
+        ((3, 1), "in the backward"),
         ((1, 3), "before"),
         ((1, 3), "in the forward"),
         ((1, 3), "in the backward"),
@@ -552,7 +705,7 @@ def dies(mesh, when):
 )
 def test_ranks_that_live_end_with_a_named_error(ranks, mesh, when):
     size = mesh[0] * mesh[1]
-    results = ranks.disposable(size, timeout_s=3).run(f"{HERE}:dies", mesh, when, limit_s=30)
+    results = ranks.disposable(size).run(f"{HERE}:dies", mesh, when, limit_s=30)
     assert repr(results[1]) == ("('', '')" if when == "leaves" else "DIED")
     for rank in (rank for rank in range(size) if rank != 1):
         kind, message = results[rank]
@@ -573,6 +726,17 @@ def test_lengths_that_do_not_suit(alone, lengths, named):
     q = torch.zeros(1, 5, 2, 4)
     with pytest.raises(context_parallel.ContextParallelError, match=named):
         ulysses_attention(q, q, q, alone, lengths=lengths)
+
+
+def test_other_errors_during_an_exchange_pass_as_they_are(alone):
+    with pytest.raises(RuntimeError) as error, context_exchange.named_failure(alone, "q"):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert type(error.value) is RuntimeError
+    named = pytest.raises(
+        context_parallel.ContextParallelError, match="the exchange of q failed on rank 0 in the group"
+    )
+    with named, context_exchange.named_failure(alone, "q"):
+        raise dist.DistBackendError("lost")
 
 
 # One rank, in this process.
@@ -626,9 +790,15 @@ def test_gradients_in_float64(alone):
         ({"q": torch.zeros(2, 5, 8)}, "q is"),
         ({"k": torch.zeros(2, 4, 2, 4)}, "k is"),
         ({"v": torch.ones(2, 5, 2, 4).long()}, "v is"),
+        ({"k": torch.zeros(2, 5, 4, 2).transpose(2, 3)}, "k has stride 2 between channels"),
+        ({name: torch.zeros(2, 5, 2, 300) for name in "qkv"}, "q has 300 channels"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": 0.0}, "scale is 0.0"),
     ],
 )
 def test_errors_name_the_argument(alone, changed, named):
-    tensors = {name: torch.zeros(2, 5, 2, 4) for name in "qkv"} | changed
+    arguments = {name: torch.zeros(2, 5, 2, 4) for name in "qkv"} | {"scale": None} | changed
+    q, k, v, scale = arguments.values()
     with pytest.raises(ValueError, match=named):
-        ring_attention(*tensors.values(), alone)
+        ring_attention(q, k, v, alone, scale=scale)

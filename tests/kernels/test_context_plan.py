@@ -10,6 +10,7 @@ from opensora_fast.kernels.context_plan import (
     BACKWARD_FLOPS_PER_S,
     FORWARD_FLOPS_PER_S,
     INFINIBAND,
+    MESSAGE_S,
     NVLINK,
     choose_context_parallel,
     temporary_bytes,
@@ -29,7 +30,7 @@ def test_the_all_to_all_at_768px_on_four_ranks():
     assert exchanged(forward) == 4 * UNIT * 3 // 4
     assert exchanged(backward) == 8 * UNIT * 3 // 4
     assert forward.compute_s == pytest.approx(26.1e-3, rel=0.01)
-    assert backward.compute_s == pytest.approx(78.7e-3, rel=0.01)
+    assert backward.compute_s == pytest.approx(75.0e-3, rel=0.01)
     assert forward.exposed_s == pytest.approx(0.95e-3, rel=0.03)
     assert (forward.hidden_s, backward.hidden_s) == pytest.approx((0, 0), abs=1e-12)
 
@@ -54,8 +55,8 @@ def test_the_ring_at_768px_on_four_ranks():
 )
 def test_lanes_never_overlap_themselves_and_no_time_is_lost(tokens, heads, ulysses, ring, mode):
     passes = timeline(mode, tokens, heads, ulysses, ring)
-    for lanes in (("exchange",), ("attention", "sum")):
-        steps = [step for step in passes.steps if step.kind in lanes]
+    for exchange in (True, False):
+        steps = [step for step in passes.steps if (step.kind == "exchange") == exchange]
         for one, other in zip(steps, steps[1:], strict=False):
             assert other.start_s >= one.end_s * (1 - 1e-12)
     flops = 4 * tokens**2 * heads * 128 / (ulysses * ring)
@@ -65,6 +66,22 @@ def test_lanes_never_overlap_themselves_and_no_time_is_lost(tokens, heads, ulyss
     communication_s = sum(step.duration_s for step in passes.steps if step.kind == "exchange")
     assert passes.exposed_s + passes.hidden_s == pytest.approx(communication_s, abs=1e-9)
     assert passes.total_s <= passes.compute_s + communication_s + 1e-9
+
+
+def test_copies_between_streams_and_groups_of_heads():
+    for mesh, streams, copied in (((4, 1), 1, True), ((1, 4), 2, True), ((1, 4), 1, False)):
+        for mode, moved in (("forward", 2 * UNIT), ("backward", 4 * UNIT)):
+            passes = timeline(mode, TOKENS, HEADS, *mesh, streams=streams)
+            assert [step.bytes for step in passes.steps if step.kind == "copy"] == [moved] * copied
+
+
+def test_messages_show_where_the_host_takes_longer_than_all_else():
+    """45 images on 4 ranks: q, k, v, out and lse to and from 3 peers."""
+    images = timeline("forward", 768, HEADS, 4, 1, batch=45)
+    assert images.total_s == pytest.approx(2 * 3 * 5 * 45 * MESSAGE_S)
+    assert images.steps[-1].name == "posting by the host"
+    assert all(step.bytes for step in timeline("forward", TOKENS, HEADS, 4, 1).steps if step.kind == "exchange")
+    assert choose_context_parallel(768, HEADS, 4, batch=45).ring == 4
 
 
 def test_the_default_within_a_node():
@@ -106,4 +123,4 @@ def test_one_rank_exchanges_nothing():
     plan = choose_context_parallel(TOKENS, HEADS, 1)
     assert (plan.ulysses, plan.ring) == (1, 1)
     assert exchanged(plan.forward) == exchanged(plan.backward) == 0
-    assert plan.total_s == pytest.approx(4 * 104.8e-3, rel=0.01)
+    assert plan.total_s == pytest.approx(4 * 101.1e-3, rel=0.01)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 
 from opensora_fast.config import MMDiTConfig
-from opensora_fast.kernels.context_parallel import ContextParallel
+from opensora_fast.kernels.context_parallel import ContextParallel, context_of
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import position_ids_THW
 from opensora_fast.released import load_released_mmdit
@@ -30,6 +29,7 @@ NOISE = 1e-7  # of a gradient that is zero but for rounding, in parts of the lar
 # (ulysses, ring, heads): heads that ulysses divides, and that no ring size does
 MESHES = [(2, 1, 4), (3, 1, 3), (4, 1, 4), (1, 2, 3), (1, 3, 4), (1, 4, 3), (2, 2, 2)]
 MESH_IDS = [f"{ulysses}x{ring}" for ulysses, ring, _ in MESHES]
+context = functools.cache(context_of)  # on a rank: that of (ulysses, ring)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,14 +78,6 @@ def random_inputs(heads: int, text: int, video: int) -> dict[str, torch.Tensor]:
         "y_vec": torch.randn(B, 12),
         "cond": torch.randn(B, video, config(heads).cond_channels),
     }
-
-
-@functools.cache
-def context(ulysses: int, ring: int) -> ContextParallel:
-    """On a rank: its world as a ring of groups that exchange heads."""
-    mesh = init_device_mesh("cpu", (ring, ulysses))
-    groups = (mesh.get_group(axis) if mesh.size(axis) > 1 else None for axis in (1, 0))
-    return ContextParallel(*groups)
 
 
 def velocity_of(model: MMDiT, inputs: dict[str, torch.Tensor], way: Way, here: ContextParallel | None) -> torch.Tensor:

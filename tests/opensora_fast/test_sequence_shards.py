@@ -1,29 +1,23 @@
 """Shards by their laws, and what ranks do together, on real ranks."""
 
 import functools
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 
 from opensora_fast.errors import UserError
-from opensora_fast.kernels.context_parallel import ContextParallel
-from opensora_fast.sequence_shards import broadcast, gather, joint_lengths, shard, shard_lengths, total
+from opensora_fast.kernels.context_parallel import ContextParallelError, context_of
+from opensora_fast.sequence_shards import axes, broadcast, gather, joint_lengths, shard, shard_lengths, total
+from opensora_fast.train.gradient_reduction import reduce_gradients
 
 FILE = "opensora_fast/test_sequence_shards.py"
 MESHES = [(2, 1), (1, 3), (4, 1), (2, 2)]  # (ulysses, ring)
 ids = "{0[0]}x{0[1]}".format
-
-
-@functools.cache
-def context(ulysses: int, ring: int) -> ContextParallel:
-    """On a rank: its world as a ring of groups that exchange heads."""
-    mesh = init_device_mesh("cpu", (ring, ulysses))
-    groups = (mesh.get_group(axis) if mesh.size(axis) > 1 else None for axis in (1, 0))
-    return ContextParallel(*groups)
+context = functools.cache(context_of)  # on a rank: that of (ulysses, ring)
 
 
 @given(tokens=st.integers(0, 1000), ranks=st.integers(1, 9))
@@ -78,6 +72,30 @@ def test_a_part_of_another_length_is_refused_by_name(ranks):
     first, second = ranks(2).run(f"{FILE}:refused", 2, 1)
     assert first.startswith("rank 0 holds 5 tokens, expected 4 of 7: ")
     assert second.startswith("rank 1 holds 5 tokens, expected 3 of 7: ")
+
+
+def hears_of_nobody(what: str) -> str:
+    dist.barrier()  # the groups have to be made within their timeout
+    here = context_of(3, 1, timeout_s=5)
+    dist.barrier()
+    if here.rank == 1:
+        os._exit(3)
+    calls = {
+        "gather": lambda: gather(torch.zeros(1, 1), 3, here),
+        "broadcast": lambda: broadcast(torch.zeros(1), 1, here),
+        "total": lambda: total(torch.zeros(1), here),
+        "gradients": lambda: reduce_gradients([torch.nn.Parameter(torch.zeros(1))], axes(here)),
+    }
+    with pytest.raises(ContextParallelError) as failure:
+        calls[what]()
+    return str(failure.value)
+
+
+@pytest.mark.parametrize("what", ["gather", "broadcast", "total", "gradients"])
+def test_a_rank_that_dies_is_named_by_the_others(ranks, what):
+    answers = ranks.disposable(3).run(f"{FILE}:hears_of_nobody", what, limit_s=30)
+    for rank in (0, 2):
+        assert f"failed on rank {rank} in the group of ranks [0, 1, 2]" in answers[rank]
 
 
 def heard_and_summed(ulysses: int, ring: int):

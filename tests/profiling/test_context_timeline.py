@@ -78,6 +78,13 @@ def test_the_ring_sends_the_bytes_of_its_blocks_and_of_their_gradients():
     assert sent["backward"] == pytest.approx(2587e6, rel=0.01)
 
 
+def test_no_token_is_lost_where_ranks_do_not_divide_them():
+    """512 and 76,032 tokens on 5 ranks: the busiest has 103 and 15,207."""
+    ring = block_timeline("double", "forward", CLIP_768PX, (1, 5))
+    assert sum(step.bytes for step in ring.steps if step.kind == "exchange") == 4 * 2 * (103 + 15207) * 3072 * 2
+    assert block_timeline("double", "forward", (1, 515, 76035), (1, 5)).total_s == pytest.approx(ring.total_s)
+
+
 def test_attention_takes_what_the_published_rates_say():
     for mesh in SCHEMES.values():
         seconds = [
@@ -86,7 +93,7 @@ def test_attention_takes_what_the_published_rates_say():
             for piece in pieces(block_timeline("single", mode, CLIP_768PX, mesh))
             if piece.name == "attention"
         ]
-        assert seconds == pytest.approx([26.1e-3, 78.7e-3], rel=0.01)
+        assert seconds == pytest.approx([26.1e-3, 75.0e-3], rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.kernels.context_parallel import ContextParallel
+from opensora_fast.kernels.context_parallel import ContextParallel, context_of
 from opensora_fast.kernels.flow_mix import velocity_loss
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.sequence_shards import axes, gather, shard
@@ -35,14 +34,7 @@ MODEL = MMDiTConfig(
 VIDEO = (20, 48, 80)  # 5 x 3 x 5 tokens: no number of ranks divides them
 ONE_TOKEN = (1, 16, 16)
 CONDITIONS = {"t2v": 1.0, "i2v_head": 1.0, "i2v_loop": 1.0}
-
-
-@functools.cache
-def context(ulysses: int, ring: int) -> ContextParallel:
-    """On a rank: its world as a ring of groups that exchange heads."""
-    mesh = init_device_mesh("cpu", (ring, ulysses))
-    groups = (mesh.get_group(axis) if mesh.size(axis) > 1 else None for axis in (1, 0))
-    return ContextParallel(*groups)
+context = functools.cache(context_of)  # on a rank: that of (ulysses, ring)
 
 
 class Cells:
@@ -165,7 +157,9 @@ def refusal(seed_by_rank: list[int], clips_by_rank: list[int]) -> str:
 
 def test_ranks_that_would_draw_or_hold_something_else_are_named(ranks):
     for answer in ranks(3).run(f"{FILE}:refusal", [7, 7, 8], [1, 1, 1]):
-        assert answer.startswith("rank 2 of a context-parallel group has another batch or generator than rank 0: ")
+        assert answer.startswith(
+            "rank 2 of a context-parallel group has another batch, generator, model or dtype than rank 0: "
+        )
     for answer in ranks(3).run(f"{FILE}:refusal", [7, 7, 7], [1, 2, 1]):
         assert answer.startswith("rank 1 ")
 

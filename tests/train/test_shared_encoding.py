@@ -1,15 +1,16 @@
 """Encoders shared by ranks: each item is encoded once, and every rank gets what one process would."""
 
 import functools
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
 
 from opensora_fast.errors import UserError
-from opensora_fast.kernels.context_parallel import ContextParallel
+from opensora_fast.kernels.context_parallel import ContextParallelError, context_of
 from opensora_fast.train.shared_encoding import (
     FLOPS_PER_PROMPT,
     SharedAutoencoder,
@@ -23,14 +24,7 @@ from opensora_fast.train.shared_encoding import (
 FILE = "train/test_shared_encoding.py"
 CPU = torch.device("cpu")
 MESHES = [(2, 1), (1, 3), (2, 2)]  # (ulysses, ring)
-
-
-@functools.cache
-def context(ulysses: int, ring: int) -> ContextParallel:
-    """On a rank: its world as a ring of groups that exchange heads."""
-    mesh = init_device_mesh("cpu", (ring, ulysses))
-    groups = (mesh.get_group(axis) if mesh.size(axis) > 1 else None for axis in (1, 0))
-    return ContextParallel(*groups)
+context = functools.cache(context_of)  # on a rank: that of (ulysses, ring)
 
 
 def work(count: int, cost: float, encoded: list | None = None) -> Work:
@@ -45,7 +39,7 @@ def work(count: int, cost: float, encoded: list | None = None) -> Work:
     return Work(signature=(cost,), count=count, cost=cost, encode=encode)
 
 
-works = st.lists(st.tuples(st.integers(0, 9), st.floats(0.1, 100)), min_size=1, max_size=4)
+works = st.lists(st.tuples(st.integers(1, 9), st.floats(0.1, 100)), min_size=1, max_size=4)
 
 
 @given(sizes=works, ranks=st.integers(1, 8))
@@ -59,8 +53,7 @@ def test_every_item_is_dealt_once_and_no_rank_gets_far_more_than_its_share(sizes
         sum(one.cost * (of[rank].stop - of[rank].start) for one, of in zip(dealt, items, strict=True))
         for rank in range(ranks)
     ]
-    dearest = max((one.cost for one in dealt if one.count), default=0)
-    assert max(loads) <= sum(loads) / ranks + dearest + 1e-9
+    assert max(loads) <= sum(loads) / ranks + max(one.cost for one in dealt) + 1e-9
 
 
 def test_one_clip_and_its_prompt_go_to_different_ranks():
@@ -87,11 +80,10 @@ def shared_twice(ulysses: int, ring: int, sizes: list[tuple[int, float]]):
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids="{0[0]}x{0[1]}".format)
-@pytest.mark.parametrize("sizes", [[(1, 5.0), (1, 2.0)], [(5, 3.0), (2, 4.0)], [(0, 1.0), (1, 1.5)]], ids=str)
+@pytest.mark.parametrize("sizes", [[(1, 5.0), (1, 2.0)], [(5, 3.0), (2, 4.0)]], ids=str)
 def test_ranks_get_the_results_of_one_process_and_each_item_is_encoded_once(ranks, mesh, sizes):
     alone = SharedEncoding(None, CPU)([work(*size) for size in sizes])
-    answers = ranks(mesh[0] * mesh[1]).run(f"{FILE}:shared_twice", *mesh, [size for size in sizes if size[0]])
-    alone = [result for result, size in zip(alone, sizes, strict=True) if size[0]]
+    answers = ranks(mesh[0] * mesh[1]).run(f"{FILE}:shared_twice", *mesh, sizes)
     for results, _ in answers:
         for once in results:
             for ours, expected in zip(once, alone, strict=True):
@@ -100,6 +92,34 @@ def test_ranks_get_the_results_of_one_process_and_each_item_is_encoded_once(rank
                     assert torch.equal(tensor, other)
     items = sum(stop - start for _, encoded in answers for start, stop in encoded)
     assert items == 2 * sum(count for count, _ in sizes)
+
+
+def test_a_work_of_no_items_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"the work \(2.0,\) has count=0"):
+        work(0, 2.0)
+
+
+def one_dies_in_its_encoder() -> str:
+    dist.barrier()  # the groups have to be made within their timeout
+    here = context_of(3, 1, timeout_s=5)
+    dist.barrier()
+
+    def encode(items: slice) -> tuple[torch.Tensor, ...]:
+        if here.rank == 1:
+            os._exit(3)
+        return (torch.zeros(1),)
+
+    with pytest.raises(ContextParallelError) as failure:
+        SharedEncoding(here, CPU)([Work(signature=("clip",), count=3, cost=1.0, encode=encode)])
+    return str(failure.value)
+
+
+def test_a_rank_that_dies_in_its_encoder_is_named_by_the_others(ranks):
+    answers = ranks.disposable(3).run(f"{FILE}:one_dies_in_its_encoder", limit_s=30)
+    assert repr(answers[1]) == "DIED"
+    for rank in (0, 2):
+        assert f"failed on rank {rank} in the group of ranks [0, 1, 2]" in answers[rank]
+        assert "has probably died, left" in answers[rank]
 
 
 class Blur:
