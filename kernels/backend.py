@@ -16,15 +16,19 @@ VARIABLE = "OPENSORA_FAST_BACKEND"
 NAMES = ("reference", "host", "cuda", "triton", "gluon", "cudnn", "flash", "cpu_flash")
 
 
+class BackendError(ValueError):
+    """A backend that was asked for by name is none, or cannot run the call; one line, for whoever asked."""
+
+
 def parse_overrides(text: str) -> dict[str, str]:
-    """Turn `op:name,op:name` into a dict; ValueError names the part that is not an op of this package or a backend."""
+    """Turn `op:name,op:name` into a dict; BackendError names the part that is no op of this package or no backend."""
     overrides = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         op, _, name = part.partition(":")
         if name not in NAMES:
-            raise ValueError(f"{VARIABLE}: {part!r} is not op:name; the names are {', '.join(NAMES)}")
+            raise BackendError(f"{VARIABLE}: {part!r} is not op:name; the names are {', '.join(NAMES)}")
         if not _is_op(op):
-            raise ValueError(f"{VARIABLE}: {op!r} in {part!r} is no op; an op is a file of opensora_fast/kernels")
+            raise BackendError(f"{VARIABLE}: {op!r} in {part!r} is no op; an op is a file of opensora_fast/kernels")
         overrides[op] = name
     return overrides
 
@@ -50,7 +54,7 @@ _forced: list[Mapping[str, str]] = []  # of the process: the backward of a GPU r
 
 @contextmanager
 def forced(names: Mapping[str, str]) -> Iterator[None]:
-    """Within, every op in `names` runs on the backend that it names there, or raises ValueError where it cannot."""
+    """Within, every op in `names` runs on the backend that it names there, or raises BackendError where it cannot."""
     _forced.append(names)
     try:
         yield
@@ -61,7 +65,7 @@ def forced(names: Mapping[str, str]) -> Iterator[None]:
 def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tuple[str, str]:
     """Return (backend, reason): the override of `op` when there is one, else `choice`.
 
-    missing: backend -> why it cannot run on this device and dtype, empty when it can. Raises ValueError when the
+    missing: backend -> why it cannot run on this device and dtype, empty when it can. Raises BackendError when the
     override is not among the backends of this device or cannot run.
     """
     if name := next((names[op] for names in reversed(_forced) if op in names), None):
@@ -71,9 +75,10 @@ def select(op: str, choice: tuple[str, str], missing: Mapping[str, str]) -> tupl
     else:
         return choice
     if name not in missing:
-        raise ValueError(f"{setting} does not exist for these tensors; choose one of {', '.join(missing)} or unset it")
+        others = ", ".join(missing)
+        raise BackendError(f"{setting} does not exist for these tensors; choose one of {others} or unset it")
     if missing[name]:
-        raise ValueError(f"{setting} cannot run: {missing[name]}; or unset it")
+        raise BackendError(f"{setting} cannot run: {missing[name]}; or unset it")
     return name, setting
 
 

@@ -1,7 +1,7 @@
 """The doorbell: `opensora-fast COMMAND ...` imports the one module that answers and nothing else.
 
-A module answers with `main(argv: list[str]) -> int`. `UserError` becomes one line on stderr and exit code 2; Ctrl-C
-exits with 130.
+A module answers with `main(argv: list[str]) -> int`. A `UserError`, or a backend that was asked for and cannot run,
+becomes one line on stderr and exit code 2; Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
@@ -40,13 +40,6 @@ def _resolve(words: list[str]) -> tuple[str, list[str]]:
     raise UserError(f"unknown command {' '.join(words[:2])!r}: use one of {', '.join(COMMANDS)}")
 
 
-def _check_environment() -> None:
-    try:
-        backend.overrides()
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
     words = sys.argv[1:] if argv is None else argv
@@ -55,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         module, rest = _resolve(words)
-        _check_environment()
+        backend.overrides()  # a name that is none is told before any work
         return import_module(module).main(rest)
-    except UserError as error:
+    except (UserError, backend.BackendError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written

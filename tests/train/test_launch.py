@@ -10,6 +10,7 @@ import torch
 from opensora_fast import cli
 from opensora_fast.checkpoint_folder import find_checkpoint, load_autoencoder, read_recipe
 from opensora_fast.errors import UserError
+from opensora_fast.kernels import backend
 from opensora_fast.train.index import index_folder
 from opensora_fast.train.launch import run_recipe
 from opensora_fast.train.metrics import read_metrics
@@ -102,6 +103,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.startswith("error: ")
     assert captured.count("\n") == 1
     assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_backend_that_cannot_run_here_is_one_line(tmp_path: Path, clips: list[str], capsys) -> None:
+    with backend.forced({"attention": "gluon"}):
+        words = ["train", "demo_stage1", "--out", str(tmp_path / "run"), "--steps", "1", *SMALL, *clips]
+        assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith("error: forced attention:gluon does not exist for these tensors; choose")
 
 
 def test_frames_that_the_autoencoder_cannot_take_are_refused_before_training(tmp_path: Path, clips: list[str]) -> None:
