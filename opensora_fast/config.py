@@ -6,11 +6,14 @@ so that every instance can be hashed and compared.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opensora_fast.errors import UserError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 
 BLOCK_TYPES = ("ResBlock", "EViTS5_GLU")
 
@@ -174,7 +177,7 @@ class VideoDCAEConfig:
 
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """The `cls` with these fields, defaults for absent ones. Raises UserError for a key that is no field of `cls`."""
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in fields(cls)]
     for key in values:
         if key not in known:
             raise UserError(f"{cls.__name__} has no field {key!r}: use one of {', '.join(known)}")

@@ -29,7 +29,7 @@ from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
 
 StateDict = dict[str, Tensor]
-Config = TypeVar("Config")
+Config = TypeVar("Config", MMDiTConfig, VideoDCAEConfig)
 
 # What the released code assumes where its configuration is silent; other absent fields have our own defaults.
 RELEASED_DEFAULTS = {"cond_embed": False, "fused_qkv": True, "use_liger_rope": False}
@@ -157,7 +157,7 @@ def _reorder_heads(rows: Tensor, rotary_rows: int, head_shape: tuple[int, int]) 
 
 
 def _architecture(config_class: type[Config], released: Mapping[str, Any]) -> Config:
-    names = {field.name for field in fields(config_class)}  # type: ignore[arg-type]
+    names = {field.name for field in fields(config_class)}
     return config_from_dict(config_class, {key: value for key, value in released.items() if key in names})
 
 
