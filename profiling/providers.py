@@ -26,11 +26,12 @@ LIBRARIES = {
 }
 CANDIDATES = ("flash", "triton", "gluon")  # backends of an op of ours, by their names there
 PROVIDERS = ("ours", "eager", "compile", *LIBRARIES, *CANDIDATES)
+FOR_GPUS = ("compile", *CANDIDATES)  # timed on a CPU only where they are asked for
 
 
 def missing(provider: str, device_type: str) -> str:
     """Why a provider cannot run here, "" when it can."""
-    if provider in ("ours", "eager", *CANDIDATES):  # what a candidate lacks depends on the call, and `doctor` tells it
+    if provider in ("ours", "eager", *CANDIDATES):  # what a candidate lacks depends on the call
         return ""
     if provider == "compile":
         if device_type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -51,11 +52,11 @@ def missing(provider: str, device_type: str) -> str:
 def choose(asked: str | None, device_type: str) -> tuple[list[str], dict[str, str]]:
     """The providers to time and, of those that were to be timed and cannot run, why.
 
-    asked: names with commas between them; None takes all that are installed, without torch.compile on a CPU, where it
-    is slow to compile. UserError for a name that is no provider.
+    asked: names with commas between them; None takes all that are installed, on a CPU without torch.compile, which is
+    slow to compile there, and without the candidates, which are for GPUs. UserError for a name that is no provider.
     """
     if asked is None:
-        names: Sequence[str] = [name for name in PROVIDERS if device_type == "cuda" or name != "compile"]
+        names: Sequence[str] = [name for name in PROVIDERS if device_type == "cuda" or name not in FOR_GPUS]
     else:
         names = list(dict.fromkeys(filter(None, (name.strip() for name in asked.split(",")))))
     for name in names:
@@ -71,9 +72,16 @@ def within(provider: str, case: Case) -> AbstractContextManager[None]:
 
 
 def function(provider: str, case: Case, device_type: str) -> Callable[..., Outputs] | None:
-    """The call of a case by a provider; None when the provider has no such call, or is a candidate that cannot run."""
+    """The call of a case by a provider; None when it has no such call, or is the candidate that the op chooses anyway.
+
+    Raises BackendError for a candidate that cannot run the case here.
+    """
     if provider in CANDIDATES:
-        return case.function if _runs(provider, case, device_type) else None
+        if provider not in case.candidates or case.backend(device_type)[0] == provider:
+            return None
+        with within(provider, case):
+            case.backend(device_type)
+        return case.function
     if provider == "ours":
         return case.function
     if provider == "eager":
@@ -82,18 +90,6 @@ def function(provider: str, case: Case, device_type: str) -> Callable[..., Outpu
         return None if case.mutates else _compiled(case.composite)
     make = case.baselines.get(provider)
     return None if make is None else make()
-
-
-def _runs(candidate: str, case: Case, device_type: str) -> bool:
-    """Whether it can, and is not what the op chooses anyway."""
-    if candidate not in case.candidates or case.backend(device_type)[0] == candidate:
-        return False
-    try:
-        with within(candidate, case):
-            case.backend(device_type)
-    except ValueError:
-        return False
-    return True
 
 
 def _compiled(composite: Callable[..., Outputs]) -> Callable[..., Outputs]:
