@@ -16,8 +16,9 @@
 #endif
 
 // One wheel serves every x86-64: the marked function and all that it calls are compiled three times, and the loader
-// picks.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__)
+// picks, which is before a sanitizer is ready for it.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
+    !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
 #define OSF_SIMD_CLONES __attribute__((flatten, target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define OSF_SIMD_CLONES

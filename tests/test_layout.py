@@ -43,7 +43,10 @@ def test_imports_point_one_way(path: Path) -> None:
         assert layer is None or layer in allowed, f"{path} imports {module}: only {allowed} lie below it"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").iterdir()), ids=lambda path: path.name)
+NATIVE = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=lambda path: path.name)
 def test_native_code_knows_no_torch_and_one_file_knows_python(path: Path) -> None:
     text = path.read_text()
     assert "torch/" not in text
