@@ -1,7 +1,6 @@
 """A trained model as it lies on disk, for whoever reads one: the sampler, the next stage, a resumed run.
 
-    RUN/recipe.json, RUN/LATEST ("step-N"), RUN/step-N/{recipe.json, progress.json, torch.distributed.checkpoint's
-    files}
+    RUN/recipe.json, RUN/LATEST ("step-N"), RUN/step-N/{manifest.json, rank-R-I.bin}
 
 Tensors are flat: `model.NAME` (fp32 masters), `ema.NAME` where a moving average was kept, and the optimiser's moments.
 The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (`config`, and for diffusion runs
@@ -11,21 +10,17 @@ The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
+from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
+from opensora_fast.manifest import MANIFEST, read_manifest
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.released import load_released_dc_ae, read_weights
 from opensora_fast.text import TextEncoders
@@ -44,7 +39,7 @@ def find_checkpoint(path: Path) -> Path:
     """The step folder that `path` stands for: itself, or the newest of a run. Raises UserError when there is none."""
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: no such folder; name a run or one of its step-N folders")
-    if (path / ".metadata").is_file():
+    if (path / MANIFEST).is_file():
         return path
     folders = step_folders(path)
     if not folders:
@@ -53,60 +48,13 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_recipe(step_folder: Path) -> dict:
-    """The recipe that the checkpoint's weights belong to. Raises UserError when it cannot be read."""
-    path = step_folder / "recipe.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable ({error}); name another checkpoint") from error
+    """The recipe that the checkpoint's weights belong to. Raises ManifestError when it cannot be read."""
+    return read_manifest(step_folder).recipe
 
 
 def read_tensors(step_folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place. Raises UserError naming what the checkpoint lacks, or why it cannot be read."""
-    stored = _stored(step_folder)
-    missing = sorted(tensors.keys() - stored.keys())
-    if missing:
-        raise UserError(
-            f"checkpoint {step_folder} lacks {len(missing)} tensors, {missing[0]} among them: another architecture"
-        )
-    for name, tensor in tensors.items():
-        if stored[name].size != tensor.shape:
-            theirs, ours = tuple(stored[name].size), tuple(tensor.shape)
-            raise UserError(
-                f"checkpoint {step_folder}: {name} is {theirs}, the model's is {ours}: another architecture"
-            )
-    with _readable(step_folder):
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(step_folder), no_dist=True)
-
-
-def _stored(step_folder: Path) -> dict:
-    with _readable(step_folder):
-        return dcp.FileSystemReader(step_folder).read_metadata().state_dict_metadata
-
-
-@contextmanager
-def _readable(step_folder: Path) -> Iterator[None]:
-    try:
-        with single_process():
-            yield
-    # whatever the reader trips over in a damaged file: it is reported, and an older checkpoint may serve
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"checkpoint {step_folder} cannot be read ({reason(error)}): name an older one") from error
-
-
-@contextmanager
-def single_process() -> Iterator[None]:
-    """torch.distributed.checkpoint without its warning that there is no process group: none is wanted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong, on one line: torch.distributed.checkpoint wraps the errors of its ranks."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split()) or type(error).__name__
+    """Fill `tensors` in place. Raises UserError naming what the checkpoint lacks, or what of it is damaged."""
+    CheckpointReader(step_folder).read(tensors)
 
 
 def load_mmdit(step_folder: Path, weights: Weights | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
@@ -162,6 +110,6 @@ def load_text_encoders(section: dict, device: torch.device, dtype: torch.dtype) 
 def _fill(model: nn.Module, step_folder: Path, weights: Weights | None) -> None:
     """Give a model on the meta device its weights, in host memory."""
     if weights is None:
-        weights = "ema" if any(name.startswith("ema.") for name in _stored(step_folder)) else "model"
+        weights = "ema" if any(name.startswith("ema.") for name in read_manifest(step_folder).tensors) else "model"
     model.to_empty(device="cpu")
     read_tensors(step_folder, {f"{weights}.{name}": tensor.detach() for name, tensor in model.state_dict().items()})

@@ -1,33 +1,60 @@
-"""Checkpoints of a run: RUN/step-N/, published whole or not at all.
+"""Checkpoints of a run: RUN/step-N/, published whole or not at all, by a thread that the trainer does not wait for.
 
     RUN/recipe.json             the resolved recipe of the run
     RUN/LATEST                  name of the newest published checkpoint
-    RUN/step-N/                 torch.distributed.checkpoint's files, with
-    RUN/step-N/recipe.json      the recipe these weights belong to
-    RUN/step-N/progress.json    step, loader state, skipped steps
-    RUN/step-N.tmp-ID/          being written, or left by a save that did not finish: never read, removed by the next
-    save
+    RUN/step-N/                 manifest.json and data files; see `opensora_fast.manifest`
+    RUN/NAME.tmp-ID             being written or removed, or left so: never read, removed by the next save
+    RUN/step-N.damaged-ID       passed over by a resumed run
 
-A save writes and syncs everything under the temporary name and then renames it; `LATEST` follows, and only then are old
-ones pruned.
+`save` copies the state (`staging`) and returns. Planning, writing, publishing and pruning (`checkpoint_writer`) happen
+in one thread (`save_queue`), in the order of the saves. What fails there is kept, and raised by the trainer's next
+`check` or `wait`; the checkpoints before it stay as they are.
+
+Saved with the tensors, after them, are the global random generators of each rank (`random_state`); they are given back
+last.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import threading
 import uuid
-from collections.abc import Callable
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, TypeVar
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from opensora_fast.checkpoint_folder import STEP_FOLDER, read_tensors, reason, single_process, step_folders
+from opensora_fast.checkpoint_folder import step_folders
+from opensora_fast.checkpoint_reader import CheckpointReader, FileSystem, VerifiedReader
 from opensora_fast.errors import UserError
+from opensora_fast.manifest import NewerFormatError, native
+from opensora_fast.train import random_state
+from opensora_fast.train.architecture import ArchitectureError, check_architecture
+from opensora_fast.train.checkpoint_writer import (
+    ImageWriter,
+    discard,
+    make_folders,
+    reason,
+    remove_folder,
+    replace_file,
+)
+from opensora_fast.train.save_planner import SavePlanner
+from opensora_fast.train.save_queue import SaveQueue
+from opensora_fast.train.staging import Staged, Stager
+
+CHUNK_BYTES = 16 * 2**20
+OnFailure = Literal["stop", "go_on"]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -38,125 +65,281 @@ class Restored:
 
 
 class RunFolder:
-    """Where one run lives. Creates the folder; raises UserError where it cannot."""
+    """Where one run lives. Creates the folder; raises UserError where it cannot.
 
-    def __init__(self, path: Path, keep: int) -> None:
+    keep: how many checkpoints stay.  on_failure: whether `check` raises when a save has failed, or says so and goes on.
+    group: the ranks that save together, on the CPU and for nothing else; None: this process alone, without DTensors.
+    files: the file system's calls.  say: gets the lines that the run should know.
+    Each of its methods is for the trainer's thread; `save`, `restore`, `clear` and `wait` are called by all ranks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep: int,
+        *,
+        on_failure: OnFailure = "stop",
+        chunk_bytes: int = CHUNK_BYTES,
+        group: dist.ProcessGroup | None = None,
+        files: FileSystem | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.path = path
         self.keep = keep
+        self._on_failure, self._chunk_bytes, self._group, self._say = on_failure, chunk_bytes, group, say
+        self._files: FileSystem = files or native().FileSystem()
+        self._rank = dist.get_rank(group) if group is not None else 0
+        self._ranks = dist.get_world_size(group) if group is not None else 1
+        self._stager: Stager | None = None
+        self._planner = SavePlanner()
+        self._queue = SaveQueue("checkpoints")
+        self._lock = threading.Lock()
+        self._published: Path | None = None
+        self._failure: UserError | None = None  # the first that was not told yet
+        self._lines: deque[str] = deque()  # to be said in the trainer's thread
+        self._said: set[str] = set()
+        # dcp.save would say it each time. Not set in its thread: all threads share the filters.
+        if group is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            if self._rank == 0:
+                make_folders(self._files, path)
         except OSError as error:
-            raise UserError(f"--out {path}: {error.strerror}: name a folder that can be written") from error
+            raise UserError(f"--out {path}: {reason(error)}: name a folder that can be written") from error
 
     def write_recipe(self, recipe: dict) -> None:
-        _replace(self.path / "recipe.json", json.dumps(recipe, indent=2))
+        """RUN/recipe.json. Raises UserError when it cannot be written."""
+        if self._rank == 0:
+            with self._changing("recipe.json") as path:
+                replace_file(self._files, path, _json(recipe))
 
-    def save(self, step: int, tensors: dict[str, Tensor], progress: dict, recipe: dict) -> Path:
-        """Publish RUN/step-N. Raises UserError with the system's reason; what was there before stays as it was."""
-        final = self.path / STEP_FOLDER.format(step)
-        for unfinished in self.path.glob("step-*.tmp-*"):
-            shutil.rmtree(unfinished)
-        temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-        try:
-            temporary.mkdir()
-            writer = dcp.FileSystemWriter(temporary, single_file_per_rank=True, sync_files=True)
-            with single_process():
-                dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-            _write_synced(temporary / "progress.json", json.dumps({**progress, "step": step}))
-            _write_synced(temporary / "recipe.json", json.dumps(recipe, indent=2))
-            _sync_folder(temporary)
-            if final.exists():
-                final.rename(final.with_name(f"{final.name}.tmp-replaced"))
-            temporary.rename(final)
-            _sync_folder(self.path)
-            _replace(self.path / "LATEST", final.name)
-        except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not isinstance(error, (OSError, CheckpointException)):
-                raise
-            raise UserError(
-                f"checkpoint {final}: not saved ({reason(error)}): free space, then run the same command to resume"
-            ) from error
-        for old in step_folders(self.path)[: -self.keep]:
-            shutil.rmtree(old)
-        return final
+    def prepare(self, tensors: dict[str, Tensor]) -> None:
+        """Take the memory that saves of this state are staged in. Raises UserError when it cannot be had."""
+        state = {**tensors, **random_state.capture(self._rank)}
+        if self._stager is None:
+            on_device = [tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"]
+            self._stager = Stager(on_device[0] if on_device else torch.device("cpu"))
+        self._stager.prepare(state)
+
+    def save(self, step: int, tensors: dict[str, Tensor], progress: dict, recipe: dict) -> None:
+        """Begin to publish RUN/step-N; returns when the state may change again, after `order_update` on a device.
+
+        Waits, and says so, while two earlier saves are being written. Errors of writing come from `check` and `wait`.
+        """
+        if self._stager is None:
+            self.prepare(tensors)
+        assert self._stager is not None
+        self._say_lines()
+        if self._stager.busy:
+            self._say(f"checkpoint of step {step}: waits, for two saves before it are still being written")
+        staged = self._stager.stage({**tensors, **random_state.capture(self._rank)})
+        writer = ImageWriter(
+            self.path,
+            step,
+            files=self._files,
+            chunk_bytes=self._chunk_bytes,
+            keep=self.keep,
+            progress=json.loads(_json(progress)),
+            recipe=json.loads(_json(recipe)),
+            rank=self._rank,
+            ranks=self._ranks,
+            ready=staged.wait,
+            say=self._say_once_later,
+        )
+        self._queue.submit(partial(self._publish, writer, staged))
+
+    def order_update(self) -> None:
+        """Keep the optimiser's next step, on the current stream, behind the copies of the last save."""
+        if self._stager is not None:
+            self._stager.order_update()
+
+    def check(self) -> None:
+        """Tell what happened to earlier saves. Raises UserError once when one has failed, unless training goes on."""
+        self._say_lines()
+        failure = self._take_failure()
+        if failure is None:
+            return
+        if self._on_failure == "stop":
+            raise failure
+        self._say(f"{failure}; training goes on")
+
+    def wait(self) -> Path | None:
+        """Return when every save is published or has failed: the newest checkpoint that this run has published.
+
+        Raises UserError when a save has failed that `check` did not tell of.
+        """
+        self._queue.join()
+        self._say_lines()
+        failure = self._take_failure()
+        if failure is not None:
+            raise failure
+        return self._published
+
+    def close(self) -> None:
+        """Wait for the saves, and give the memory back. A failure that nobody was told of is said."""
+        if self._queue.working:
+            self._say(f"{self.path}: waits for a checkpoint that is being written")
+        self._queue.join()
+        self._say_lines()
+        failure = self._take_failure()
+        if failure is not None:
+            self._say(str(failure))
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
 
     def restore(
         self, tensors: dict[str, Tensor], recipe: dict, architecture: Callable[[dict], dict]
     ) -> Restored | None:
-        """Fill `tensors` in place from the newest readable checkpoint; None when the run has none.
+        """Fill `tensors` in place from the newest checkpoint that verifies; None when the run has none.
 
-        `architecture` picks from a recipe what must be equal. Raises UserError when it is not, or when no checkpoint
-        can be read.
+        `architecture` picks from a recipe what must be equal. Raises UserError when it is not, when a newer version
+        has written the checkpoint, or when none can be read. One process checks every byte, several ranks those that
+        any of them needs.
         """
+        self._queue.join()
         damaged = []
-        folders = step_folders(self.path)
+        folders = self._from_first(step_folders(self.path))
         for folder in reversed(folders):
-            try:
-                saved = json.loads((folder / "recipe.json").read_text())
-                progress = json.loads((folder / "progress.json").read_text())
-                _check_architecture(folder, saved, json.loads(json.dumps(recipe)), architecture)
-                read_tensors(folder, tensors)
-            except ArchitectureError:
-                raise
-            except (UserError, OSError, json.JSONDecodeError, KeyError) as error:
-                damaged.append(f"{folder}: {error}")
+            progress, problem = self._read(folder, tensors, recipe, architecture)
+            if problem is not None:
+                damaged.append(problem)
                 continue
-            for passed_over in folders[folders.index(folder) + 1 :]:  # or pruning would prefer them to good ones
-                passed_over.rename(passed_over.with_name(f"{passed_over.name}.damaged-{uuid.uuid4().hex[:8]}"))
+            newer = folders[folders.index(folder) + 1 :]
+            if self._rank == 0 and newer:  # or pruning would prefer them to good ones
+                with self._changing("LATEST") as latest:
+                    replace_file(self._files, latest, folder.name.encode())
+                for passed_over in newer:
+                    self._set_aside(passed_over)
             return Restored(folder, progress, tuple(damaged))
         if damaged:
             raise UserError(f"no checkpoint of {self.path} can be read ({'; '.join(damaged)}): start over with --fresh")
         return None
 
     def clear(self) -> None:
-        """Forget the run: its checkpoints, metrics and logs. Other files of the folder stay."""
-        for folder in (*self.path.glob("step-*"), self.path / "tensorboard", self.path / "samples"):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-        for name in ("LATEST", "recipe.json", "metrics.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
+        """Forget the run: its checkpoints, metrics and logs. Other files of the folder stay. Raises UserError."""
+        self._queue.join()
+        if self._rank == 0:
+            self._forget()
+
+    def _publish(self, writer: ImageWriter, staged: Staged) -> None:
+        try:
+            dcp.save(
+                {SavePlanner.STATE: staged},
+                storage_writer=writer,
+                planner=self._planner,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+        except BaseException as error:
+            writer.abandon()
+            self._planner.forget()
+            failure = UserError(
+                f"checkpoint {writer.final}: not saved ({reason(error)}): free space or mend the disk, then run the "
+                "same command to resume"
+            )
+            with self._lock:
+                self._failure = self._failure or failure
+        else:
+            with self._lock:
+                self._published = writer.final
+                if self._failure is not None and self._on_failure == "go_on":
+                    self._lines.append(f"{self._failure}; a later one is")
+                    self._failure = None
+        finally:
+            staged.release()
+
+    def _take_failure(self) -> UserError | None:
+        with self._lock:
+            failure, self._failure = self._failure, None
+            return failure
+
+    def _say_once_later(self, line: str) -> None:
+        with self._lock:
+            if line not in self._said:
+                self._said.add(line)
+                self._lines.append(line)
+
+    def _say_lines(self) -> None:
+        while self._lines:
+            self._say(self._lines.popleft())
+
+    def _read(
+        self, folder: Path, tensors: dict[str, Tensor], recipe: dict, architecture: Callable[[dict], dict]
+    ) -> tuple[dict, str | None]:
+        """The progress of a checkpoint that was read into `tensors`, or a line that says why it was not."""
+        progress: dict = {}
+        problem = None
+        state = dict(tensors)
+        try:
+            reader = CheckpointReader(folder, files=self._files)
+            check_architecture(folder, reader.manifest.recipe, json.loads(_json(recipe)), architecture)
+            reader.check_fit(tensors)
+            progress, stored = reader.manifest.progress, reader.manifest.tensors
+            for name, tensor in random_state.capture(self._rank).items():
+                if name in stored and stored[name].shape == tensor.shape:
+                    state[name] = tensor
+            if self._group is None:
+                reader.read(state, whole=True)
+        except (ArchitectureError, NewerFormatError):
+            raise  # nothing is wrong with the checkpoint, and going back to an older one would lose work
+        except UserError as error:
+            problem = str(error)
+        problem = self._first_problem(problem)
+        if problem is None and self._group is not None:
+            reader_of_ranks = VerifiedReader(folder, files=self._files)
+            try:
+                dcp.load(state, storage_reader=reader_of_ranks, process_group=self._group)
+            except CheckpointException as error:
+                problem = reason(error)
+        if problem is None:
+            generators = {name: tensor for name, tensor in state.items() if name not in tensors}
+            random_state.restore(generators, self._rank)
+        return progress, problem
+
+    def _from_first(self, value: _Value) -> _Value:
+        """Rank 0's value."""
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=dist.get_global_rank(self._group, 0), group=self._group)
+        return values[0]
+
+    def _first_problem(self, problem: str | None) -> str | None:
+        """That of the first rank that has one."""
+        if self._group is None:
+            return problem
+        problems: list[str | None] = [None] * self._ranks
+        dist.all_gather_object(problems, problem, group=self._group)
+        return next((found for found in problems if found is not None), None)
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        try:
+            yield path
+        except OSError as error:
+            raise UserError(f"{path}: cannot be changed ({reason(error)}): mend that, then run again") from error
+
+    def _set_aside(self, folder: Path) -> None:
+        with self._changing(folder.name):
+            self._files.rename(str(folder), str(folder.with_name(f"{folder.name}.damaged-{uuid.uuid4().hex[:8]}")))
+            self._files.sync_folder(str(folder.parent))
+
+    def _forget(self) -> None:
+        with self._changing("LATEST") as latest:
+            if latest.exists():
+                self._files.remove_file(str(latest))
+                self._files.sync_folder(str(self.path))
+        with self._changing("step-*"):
+            discard(self._files, step_folders(self.path))
+            for folder in (*self.path.glob("step-*"), self.path / "tensorboard", self.path / "samples"):
+                remove_folder(self._files, folder)
+        for name in ("recipe.json", "metrics.jsonl"):
+            with self._changing(name) as path:
+                if path.exists():
+                    self._files.remove_file(str(path))
 
 
-class ArchitectureError(UserError):
-    """The checkpoint belongs to another architecture than the recipe."""
-
-
-def _check_architecture(folder: Path, saved: dict, recipe: dict, architecture: Callable[[dict], dict]) -> None:
-    try:
-        theirs, ours = architecture(saved), architecture(recipe)
-    except KeyError as error:
-        raise ArchitectureError(
-            f"checkpoint {folder} is of another kind of run ({saved.get('name')}): name another --out"
-        ) from error
-    differing = [
-        f"{key} is {theirs.get(key)}, the recipe says {value}"
-        for key, value in ours.items()
-        if theirs.get(key) != value
-    ]
-    if differing:
-        raise ArchitectureError(
-            f"checkpoint {folder} has another architecture ({'; '.join(differing)}): name another --out, or add --fresh"
-        )
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    _write_synced(temporary, text)
-    temporary.replace(path)
-    _sync_folder(path.parent)
+def _json(values: dict) -> bytes:
+    return json.dumps(values, indent=2).encode()

@@ -6,6 +6,7 @@ whoever reads it later (a resumed run, the sampler) needs to know nothing about 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -90,6 +91,6 @@ def _save_untrained(recipe: DiffusionRecipe, seed: int, folder: Path) -> None:
     clips = fixed_feed(recipe.data.index, recipe.data, multiple=autoencoder.compression[1], clips=4)
     config = dataclasses.replace(autoencoder.config, scaling_factor=latent_deviation(autoencoder, clips))
     tensors = {f"model.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
-    RunFolder(folder, keep=1).save(
-        0, tensors, {}, {"name": "untrained", "autoencoder": {"config": dataclasses.asdict(config)}}
-    )
+    with contextlib.closing(RunFolder(folder, keep=1)) as run:
+        run.save(0, tensors, {}, {"name": "untrained", "autoencoder": {"config": dataclasses.asdict(config)}})
+        run.wait()

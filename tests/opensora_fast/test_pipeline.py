@@ -1,19 +1,20 @@
 """`opensora-fast sample` from a run folder to a file, on a tiny random model."""
 
 import json
+from contextlib import closing
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from opensora_fast import cli
-from opensora_fast.checkpoint_folder import single_process
+from opensora_fast.checkpoint_folder import read_recipe
 from opensora_fast.config import MMDIT_PRESETS, VideoDCAEConfig
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.text import save_tiny_text_encoders
+from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.video_io import probe, read_clip, read_image, read_video_metadata, write_image, write_video
 
 pytest.importorskip("transformers")
@@ -41,11 +42,9 @@ def random_tensors(module, prefix, seed):
 
 
 def save_checkpoint(folder, recipe, tensors):
-    folder.mkdir(parents=True)
-    with single_process():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
-    (folder / "recipe.json").write_text(json.dumps(recipe))
-    (folder.parent / "LATEST").write_text(folder.name)
+    with closing(RunFolder(folder.parent, keep=1)) as run:
+        run.save(int(folder.name.removeprefix("step-")), tensors, {}, recipe)
+        assert run.wait() == folder
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +178,10 @@ def test_checkpoints_that_are_none(run, tmp_path, capsys):
 
 
 def test_another_architecture_is_named(run, tmp_path, capsys):
-    recipe = json.loads((run / "step-7" / "recipe.json").read_text())
-    save_checkpoint(tmp_path / "step-1", recipe, random_tensors(MMDiT(replace(MODEL, depth=2)), "model", seed=0))
-    recipe["model"]["hidden_size"] = 64
-    recipe["model"]["axes_dim"] = [8, 12, 12]
-    (tmp_path / "step-1" / "recipe.json").write_text(json.dumps(recipe))
+    recipe = read_recipe(run / "step-7")
+    deeper = random_tensors(MMDiT(replace(MODEL, depth=2)), "model", seed=0)
+    recipe["model"] |= {"hidden_size": 64, "axes_dim": [8, 12, 12]}
+    save_checkpoint(tmp_path / "step-1", recipe, deeper)
     assert sample(tmp_path, tmp_path / "out.mp4") == 2
     assert "another architecture" in capsys.readouterr().err
 
