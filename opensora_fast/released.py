@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.safetensors_file import read_files
 
 StateDict = dict[str, Tensor]
 Config = TypeVar("Config", MMDiTConfig, VideoDCAEConfig)
@@ -56,7 +55,7 @@ def load_released_mmdit(state_dict: Mapping[str, Tensor], released_config: Mappi
         pieces = [state_dict[key] for key in _released_names(name, released["fused_qkv"])]
         rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         if not released["use_liger_rope"]:
-            rows = _reorder_heads(rows, _rotary_rows(name, model.config), (model.config.head_dim // 2, 2))
+            rows = reorder_heads(rows, rotary_rows(name, model.config), (model.config.head_dim // 2, 2))
         ours[name] = rows.view(parameter.shape)
     model.load_state_dict(ours, assign=True)
     return model
@@ -83,18 +82,20 @@ def to_released_state_dict(model: MMDiT | VideoDCAE, released_config: Mapping[st
     """
     if isinstance(model, VideoDCAE):
         return model.state_dict()
-    released = RELEASED_DEFAULTS | dict(released_config)
     theirs: StateDict = {}
     for name, parameter in model.state_dict().items():
-        rotary_rows = _rotary_rows(name, model.config)
-        rows = parameter.flatten() if name.endswith("qk_scale") else parameter
-        if not released["use_liger_rope"]:
-            rows = _reorder_heads(rows, rotary_rows, (2, model.config.head_dim // 2))
-        keys = _released_names(name, released["fused_qkv"])
-        # Of several tensors the first two are the queries' and the keys', and as tall as each other.
-        ends = [rotary_rows // 2, rotary_rows][: len(keys) - 1]
-        theirs |= zip(keys, rows.tensor_split(ends), strict=True)
+        theirs |= to_released(name, parameter, model.config, released_config)
     return theirs
+
+
+def to_released(name: str, parameter: Tensor, config: MMDiTConfig, released_config: Mapping[str, Any]) -> StateDict:
+    """One parameter of an MMDiT as the released tensors that hold its rows; of all it is `to_released_state_dict`."""
+    released = RELEASED_DEFAULTS | dict(released_config)
+    rows = parameter.flatten() if name.endswith("qk_scale") else parameter
+    rotary = rotary_rows(name, config)
+    if not released["use_liger_rope"]:
+        rows = reorder_heads(rows, rotary, (2, config.head_dim // 2))
+    return split_rows(rows, _released_names(name, released["fused_qkv"]), rotary)
 
 
 def read_weights(path: Path | str) -> StateDict:
@@ -109,7 +110,7 @@ def read_weights(path: Path | str) -> StateDict:
     if path.is_dir():
         return _read_shards(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+        return read_files([path])
     if path.suffix in (".pt", ".pth"):
         return _read_pickle(path)
     raise UserError(f"weights {path} have the suffix {path.suffix!r}: pass a .safetensors, .pt or .pth file")
@@ -135,7 +136,7 @@ def _released_names(name: str, fused_qkv: bool) -> list[str]:
     return [name]
 
 
-def _rotary_rows(name: str, config: MMDiTConfig) -> int:
+def rotary_rows(name: str, config: MMDiTConfig) -> int:
     """How many rows of our parameter `name`, from the first, are channels of rotated heads: queries, then keys."""
     match name.split("."):
         case [*_, "qk_scale"]:
@@ -145,15 +146,21 @@ def _rotary_rows(name: str, config: MMDiTConfig) -> int:
     return 0
 
 
-def _reorder_heads(rows: Tensor, rotary_rows: int, head_shape: tuple[int, int]) -> Tensor:
-    """Transpose the order of the channels, seen as `head_shape`, in every head of the first `rotary_rows` rows.
+def reorder_heads(rows: Tensor, rotary: int, head_shape: tuple[int, int]) -> Tensor:
+    """Transpose the order of the channels, seen as `head_shape`, in every head of the first `rotary` rows.
 
     (K/2, 2) turns interleaved pairs into half-split ones, (2, K/2) turns them back.
     """
-    if not rotary_rows:
+    if not rotary:
         return rows
-    heads = rows[:rotary_rows].unflatten(0, (-1, *head_shape)).transpose(1, 2).flatten(0, 2)
-    return torch.cat((heads, rows[rotary_rows:]))
+    heads = rows[:rotary].unflatten(0, (-1, *head_shape)).transpose(1, 2).flatten(0, 2)
+    return torch.cat((heads, rows[rotary:]))
+
+
+def split_rows(rows: Tensor, keys: list[str], rotary: int) -> StateDict:
+    """One tensor as several: all but the last are as tall as the queries, which are half of the `rotary` rows."""
+    ends = [rotary // 2 * i for i in range(1, len(keys))]
+    return dict(zip(keys, rows.tensor_split(ends), strict=True))
 
 
 def _architecture(config_class: type[Config], released: Mapping[str, Any]) -> Config:
@@ -182,25 +189,16 @@ def _read_shards(folder: Path) -> StateDict:
     try:
         shard_of: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
         shards = {name: folder / name for name in sorted(set(shard_of.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"index {indices[0]} is damaged, {error!r}: download it again") from error
     absent = [name for name, shard in shards.items() if not shard.is_file()]
     if absent:
         raise UserError(f"folder {folder} lacks {', '.join(absent)}, which its index names: download them again")
-    tensors: StateDict = {}
-    for shard in shards.values():
-        tensors |= _read_safetensors(shard)
+    tensors = read_files(list(shards.values()))
     lost = [key for key in shard_of if key not in tensors]
     if lost:
         raise UserError(f"the shards of {folder} lack {', '.join(lost)}, which the index names: download them again")
     return tensors
-
-
-def _read_safetensors(path: Path) -> StateDict:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"weights {path} are damaged, {error}: download or copy it again") from error
 
 
 def _read_pickle(path: Path) -> StateDict:

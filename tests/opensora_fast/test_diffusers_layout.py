@@ -1,0 +1,282 @@
+"""diffusers' layout: the names it loads, rows that can be put back, and a model of that class giving our velocity."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
+from opensora_fast.diffusers_layout import diffusers_config, diffusers_parts, to_diffusers
+from opensora_fast.errors import UserError
+from opensora_fast.mmdit import MMDiT
+from opensora_fast.positions import position_ids_THW
+from opensora_fast.released import load_released_mmdit, to_released_state_dict
+
+FLUX = replace(MMDIT_PRESETS["tiny"], cond_embed=False, guidance_embed=True)
+CONDITIONED = MMDIT_PRESETS["tiny"]
+INTERLEAVED = {"fused_qkv": True, "use_liger_rope": False}
+
+# What FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True, ...) has: 2 heads of 32 channels.
+KEYS = {
+    "time_text_embed.timestep_embedder.linear_1": (64, 256),
+    "time_text_embed.timestep_embedder.linear_2": (64, 64),
+    "time_text_embed.guidance_embedder.linear_1": (64, 256),
+    "time_text_embed.guidance_embedder.linear_2": (64, 64),
+    "time_text_embed.text_embedder.linear_1": (64, 32),
+    "time_text_embed.text_embedder.linear_2": (64, 64),
+    "context_embedder": (64, 48),
+    "x_embedder": (64, 16),
+    "transformer_blocks.0.norm1.linear": (384, 64),
+    "transformer_blocks.0.norm1_context.linear": (384, 64),
+    "transformer_blocks.0.attn.norm_q": (32,),
+    "transformer_blocks.0.attn.norm_k": (32,),
+    "transformer_blocks.0.attn.norm_added_q": (32,),
+    "transformer_blocks.0.attn.norm_added_k": (32,),
+    "transformer_blocks.0.attn.to_q": (64, 64),
+    "transformer_blocks.0.attn.to_k": (64, 64),
+    "transformer_blocks.0.attn.to_v": (64, 64),
+    "transformer_blocks.0.attn.add_q_proj": (64, 64),
+    "transformer_blocks.0.attn.add_k_proj": (64, 64),
+    "transformer_blocks.0.attn.add_v_proj": (64, 64),
+    "transformer_blocks.0.attn.to_out.0": (64, 64),
+    "transformer_blocks.0.attn.to_add_out": (64, 64),
+    "transformer_blocks.0.ff.net.0.proj": (256, 64),
+    "transformer_blocks.0.ff.net.2": (64, 256),
+    "transformer_blocks.0.ff_context.net.0.proj": (256, 64),
+    "transformer_blocks.0.ff_context.net.2": (64, 256),
+    "norm_out.linear": (128, 64),
+    "proj_out": (16, 64),
+} | {
+    f"single_transformer_blocks.{block}.{layer}": shape
+    for block in range(2)
+    for layer, shape in {
+        "norm.linear": (192, 64),
+        "attn.norm_q": (32,),
+        "attn.norm_k": (32,),
+        "attn.to_q": (64, 64),
+        "attn.to_k": (64, 64),
+        "attn.to_v": (64, 64),
+        "proj_mlp": (256, 64),
+        "proj_out": (64, 320),
+    }.items()
+}
+
+
+def random_model(config: MMDiTConfig) -> MMDiT:
+    generator = torch.Generator().manual_seed(0)
+    model = MMDiT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # fresh weights would hide mistakes behind their many zeros
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def translated(model: MMDiT) -> dict[str, Tensor]:
+    ours = {name: parameter.detach() for name, parameter in model.state_dict().items()}
+    theirs: dict[str, Tensor] = {}
+    for part in diffusers_parts(ours):
+        theirs |= to_diffusers({name: ours[name] for name in part}, model.config)
+    return theirs
+
+
+def test_names_and_shapes_are_those_of_the_class():
+    expected = {}
+    for layer, shape in KEYS.items():
+        expected[f"{layer}.weight"] = shape
+        if len(shape) == 2:
+            expected[f"{layer}.bias"] = shape[:1]
+    assert shapes(FLUX) == expected
+    unguided = {key: shape for key, shape in expected.items() if "guidance_embedder" not in key}
+    assert shapes(CONDITIONED) == unguided | {"x_embedder.weight": (64, 16 + 20)}
+
+
+def shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in translated(random_model(config)).items()}
+
+
+def test_the_configuration_is_that_of_the_class():
+    assert diffusers_config(MMDIT_PRESETS["open-sora-v2"]) == {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": 64 + 68,
+        "out_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": False,
+        "axes_dims_rope": [16, 56, 56],
+    }
+    flux = diffusers_config(MMDIT_PRESETS["flux-dev"])
+    assert (flux["in_channels"], flux["out_channels"], flux["guidance_embeds"]) == (64, 64, True)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mlp_ratio": 2.0}, {"theta": 500}, {"qkv_bias": False}], ids=lambda c: next(iter(c))
+)
+def test_what_the_class_has_no_place_for_is_refused(change):
+    with pytest.raises(UserError, match=f"{next(iter(change))}=.*FluxTransformer2DModel has .*--layout released"):
+        diffusers_config(replace(FLUX, **change))
+
+
+def put_back(theirs: dict[str, Tensor], config: MMDiTConfig) -> dict[str, Tensor]:
+    """The inverse, written from the other end: FLUX's own tensors from those of diffusers."""
+    theirs = dict(theirs)
+    flux: dict[str, Tensor] = {}
+
+    def move(flux_layer: str, *layers: str) -> None:
+        for leaf in ("weight", "bias"):
+            flux[f"{flux_layer}.{leaf}"] = torch.cat([theirs.pop(f"{layer}.{leaf}") for layer in layers])
+
+    def scale(flux_norm: str, norm: str) -> None:
+        flux[f"{flux_norm}.scale"] = theirs.pop(f"{norm}.weight")
+
+    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
+    for flux_name, name in embedders.items() | (
+        {("guidance_in", "guidance_embedder")} if config.guidance_embed else set()
+    ):
+        move(f"{flux_name}.in_layer", f"time_text_embed.{name}.linear_1")
+        move(f"{flux_name}.out_layer", f"time_text_embed.{name}.linear_2")
+    move("txt_in", "context_embedder")
+    move("img_in", "x_embedder")
+    if config.cond_embed:
+        image, condition = flux["img_in.weight"].split([config.in_channels, config.cond_channels], dim=1)
+        flux |= {"img_in.weight": image, "cond_in.weight": condition, "cond_in.bias": torch.zeros(config.hidden_size)}
+    for i in range(config.depth):
+        block, ours = f"transformer_blocks.{i}", f"double_blocks.{i}"
+        move(f"{ours}.img_mod.lin", f"{block}.norm1.linear")
+        move(f"{ours}.txt_mod.lin", f"{block}.norm1_context.linear")
+        move(f"{ours}.img_attn.qkv", *(f"{block}.attn.to_{kind}" for kind in "qkv"))
+        move(f"{ours}.txt_attn.qkv", *(f"{block}.attn.add_{kind}_proj" for kind in "qkv"))
+        move(f"{ours}.img_attn.proj", f"{block}.attn.to_out.0")
+        move(f"{ours}.txt_attn.proj", f"{block}.attn.to_add_out")
+        for stream, added in (("img", ""), ("txt", "added_")):
+            scale(f"{ours}.{stream}_attn.norm.query_norm", f"{block}.attn.norm_{added}q")
+            scale(f"{ours}.{stream}_attn.norm.key_norm", f"{block}.attn.norm_{added}k")
+        for stream, mlp in (("img", "ff"), ("txt", "ff_context")):
+            move(f"{ours}.{stream}_mlp.0", f"{block}.{mlp}.net.0.proj")
+            move(f"{ours}.{stream}_mlp.2", f"{block}.{mlp}.net.2")
+    for i in range(config.depth_single_blocks):
+        block, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+        move(f"{ours}.modulation.lin", f"{block}.norm.linear")
+        move(f"{ours}.linear1", *(f"{block}.attn.to_{kind}" for kind in "qkv"), f"{block}.proj_mlp")
+        move(f"{ours}.linear2", f"{block}.proj_out")
+        scale(f"{ours}.norm.query_norm", f"{block}.attn.norm_q")
+        scale(f"{ours}.norm.key_norm", f"{block}.attn.norm_k")
+    move("final_layer.linear", "proj_out")
+    move("final_layer.adaLN_modulation.1", "norm_out.linear")
+    for leaf in ("weight", "bias"):
+        rows = flux[f"final_layer.adaLN_modulation.1.{leaf}"]
+        flux[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat(rows.chunk(2)[::-1])
+    assert not theirs, f"not put back: {list(theirs)}"
+    return flux
+
+
+@pytest.mark.parametrize("config", [FLUX, CONDITIONED], ids=["flux", "conditioned"])
+def test_the_translation_can_be_undone_bit_for_bit(config):
+    model = random_model(config)
+    summed = {}
+    if config.cond_embed:  # the one thing that is computed
+        summed = {"img_in.bias": (model.img_in.bias + model.cond_in.bias).detach()}
+        summed["cond_in.bias"] = torch.zeros_like(summed["img_in.bias"])
+    flux = put_back(translated(model), config)
+    expected = to_released_state_dict(model, INTERLEAVED) | summed
+    assert flux.keys() == expected.keys()
+    assert all(torch.equal(flux[key], expected[key]) for key in expected)
+    again = load_released_mmdit(flux, asdict(config) | INTERLEAVED).state_dict()
+    assert all(torch.equal(again[name], (model.state_dict() | summed)[name]) for name in again)
+
+
+def flux_transformer(p: dict[str, Tensor], config: dict, x: Tensor, txt: Tensor, ids: Tensor, vec: dict) -> Tensor:
+    """The forward of the class, from its definition: attention over text then image, pairs (2i, 2i + 1) rotated."""
+    heads = config["num_attention_heads"]
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return F.linear(value, p[f"{name}.weight"], p[f"{name}.bias"])
+
+    def norm(value: Tensor) -> Tensor:
+        return F.layer_norm(value, value.shape[-1:], eps=1e-6)
+
+    def qkv(names: tuple[str, str, str], norms: tuple[str, str], value: Tensor) -> list[Tensor]:
+        q, k, v = (linear(name, value).unflatten(-1, (heads, -1)).transpose(1, 2) for name in names)
+        scales = (p[f"{name}.weight"] for name in norms)
+        q, k = (F.rms_norm(part, part.shape[-1:], weight, 1e-6) for part, weight in zip((q, k), scales, strict=True))
+        return [q, k, v]
+
+    axes = zip(config["axes_dims_rope"], ids.unbind(-1), strict=True)
+    angles = [place[..., None] * 10000 ** -(torch.arange(0, dim, 2).double() / dim) for dim, place in axes]
+    turn = torch.polar(torch.ones(()), torch.cat(angles, -1).float())[:, None]
+
+    def rotate(value: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(value.unflatten(-1, (-1, 2)).contiguous()) * turn).flatten(-2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(rotate(q), rotate(k), v).transpose(1, 2).flatten(2)
+
+    def time(value: Tensor) -> Tensor:
+        angle = 1000 * value[:, None] * torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
+        return torch.cat((angle.cos(), angle.sin()), -1)
+
+    def embed(name: str, value: Tensor) -> Tensor:
+        layer = f"time_text_embed.{name}_embedder.linear_"
+        return linear(f"{layer}2", F.silu(linear(f"{layer}1", value)))
+
+    temb = embed("timestep", time(vec["timesteps"])) + embed("text", vec["y_vec"])
+    if config["guidance_embeds"]:
+        temb = temb + embed("guidance", time(vec["guidance"]))
+    temb = F.silu(temb)[:, None]
+    x, txt = linear("x_embedder", x), linear("context_embedder", txt)
+    L = txt.shape[1]
+    for i in range(config["num_layers"]):
+        b = f"transformer_blocks.{i}"
+        streams = {}
+        for stream, value in (("norm1_context", txt), ("norm1", x)):
+            shift, scale, *rest = linear(f"{b}.{stream}.linear", temb).chunk(6, -1)
+            streams[stream] = norm(value) * (1 + scale) + shift, rest
+        added = [f"{b}.attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj")]
+        own = [f"{b}.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+        text = qkv(added, [f"{b}.attn.norm_added_q", f"{b}.attn.norm_added_k"], streams["norm1_context"][0])
+        image = qkv(own, [f"{b}.attn.norm_q", f"{b}.attn.norm_k"], streams["norm1"][0])
+        joint = attend(*(torch.cat(pair, 2) for pair in zip(text, image, strict=True)))
+        results = []
+        for value, attention, out, mlp, stream in (
+            (x, joint[:, L:], "to_out.0", "ff", "norm1"),
+            (txt, joint[:, :L], "to_add_out", "ff_context", "norm1_context"),
+        ):
+            gate, shift_mlp, scale_mlp, gate_mlp = streams[stream][1]
+            value = value + gate * linear(f"{b}.attn.{out}", attention)
+            hidden = linear(f"{b}.{mlp}.net.0.proj", norm(value) * (1 + scale_mlp) + shift_mlp)
+            results.append(value + gate_mlp * linear(f"{b}.{mlp}.net.2", F.gelu(hidden, approximate="tanh")))
+        x, txt = results
+    x = torch.cat((txt, x), 1)
+    for i in range(config["num_single_layers"]):
+        b = f"single_transformer_blocks.{i}"
+        shift, scale, gate = linear(f"{b}.norm.linear", temb).chunk(3, -1)
+        normed = norm(x) * (1 + scale) + shift
+        own = [f"{b}.attn.{name}" for name in ("to_q", "to_k", "to_v")]
+        attention = attend(*qkv(own, [f"{b}.attn.norm_q", f"{b}.attn.norm_k"], normed))
+        hidden = F.gelu(linear(f"{b}.proj_mlp", normed), approximate="tanh")
+        x = x + gate * linear(f"{b}.proj_out", torch.cat((attention, hidden), -1))
+    scale, shift = linear("norm_out.linear", temb).chunk(2, -1)
+    return linear("proj_out", norm(x[:, L:]) * (1 + scale) + shift)
+
+
+@pytest.mark.parametrize("config", [FLUX, CONDITIONED], ids=["flux", "conditioned"])
+def test_the_class_computes_our_velocity_from_the_translated_weights(config):
+    model = random_model(config)
+    torch.manual_seed(1)
+    img, txt = torch.randn(2, 12, config.in_channels), torch.randn(2, 3, config.context_in_dim)
+    img_ids, txt_ids = position_ids_THW(3, 2, 2).expand(2, -1, -1), torch.zeros(2, 3, 3)
+    vec = {"timesteps": torch.tensor([0.9, 0.2]), "y_vec": torch.randn(2, config.vec_in_dim)}
+    vec |= {"guidance": torch.tensor([4.0, 1.0])} if config.guidance_embed else {}
+    cond = torch.randn(2, 12, config.cond_channels) if config.cond_embed else None
+    with torch.no_grad():
+        ours = model(img, img_ids, txt, txt_ids, cond=cond, **vec)
+        x = img if cond is None else torch.cat((img, cond), -1)
+        ids = torch.cat((txt_ids, img_ids), 1)
+        theirs = flux_transformer(translated(model), diffusers_config(config), x, txt, ids, vec)
+    assert (theirs - ours).norm() / ours.norm() < 1e-4  # sinusoids of up to 4000 radians
