@@ -1,4 +1,4 @@
-"""Video and image files in and out, through PyAV.
+"""Video and image files in and out, through PyAV; importing this takes no torch, which decoding does without.
 
 Reading decodes only what is asked for: seek to the key frame before the range, decode until the last wanted frame.
 Frame i is the i-th frame in display order.  Its time is looked up in the stream's own list of times, so streams that
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,16 +26,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from opensora_fast.errors import UserError
+from opensora_fast.frame_sizes import centre, covering_size
+from opensora_fast.video_decoder import TORCHCODEC_FORMATS, DecoderName, decode_with_torchcodec
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+    from torch import Tensor
+
+Allocate = Callable[[int, int, int], np.ndarray]
+"""(frames, height, width) -> uint8 [frames, h, w, 3] to be filled; where h or w is smaller, the centre is kept."""
+
+OnStage = Callable[[str], None]
+"""Told "open", "seek" and "decode" as each begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +76,30 @@ def probe(path: str | Path) -> VideoInfo:
         return VideoInfo(num_frames=num_frames, height=height, width=width, fps=fps, duration=num_frames / fps)
 
 
+def new_array(frames: int, height: int, width: int) -> np.ndarray:
+    """The `Allocate` that takes memory of its own."""
+    return np.empty((frames, height, width, 3), np.uint8)
+
+
+def ignore_stage(stage: str) -> None:
+    """The `OnStage` of who is not interested."""
+
+
 def read_clip(
-    path: str | Path, start: int, num_frames: int, interval: int = 1, *, cover: tuple[int, int] | None = None
+    path: str | Path,
+    start: int,
+    num_frames: int,
+    interval: int = 1,
+    *,
+    cover: tuple[int, int] | None = None,
+    decoder: DecoderName = "PyAV",
+    allocate: Allocate = new_array,
+    on_stage: OnStage = ignore_stage,
 ) -> np.ndarray:
-    """Frames start, start + interval, ... of a video: uint8 [num_frames, H, W, 3].
+    """Frames start, start + interval, ... of a video: uint8 [num_frames, H, W, 3], the array that `allocate` gave.
 
     cover: (height, width); frames come scaled, in their own ratio, to the smallest size that covers it (see module).
+    decoder: see `video_decoder`; torchcodec is not used for a stream without a time for each frame.
     Raises UserError for an unreadable file, for frames past its end, and for a damaged frame inside the range.
     """
     if start < 0 or num_frames < 1 or interval < 1:
@@ -84,7 +108,9 @@ def read_clip(
             "start must be at least 0, the others at least 1"
         )
     wanted = range(start, start + num_frames * interval, interval)
+    on_stage("open")
     with _open(path) as (container, stream):
+        on_stage("seek")
         times = _frame_times(container, stream)
         if times is None:
             frames: Iterable[tuple[int | None, VideoFrame]] = enumerate(_decode_all(container, stream))
@@ -92,18 +118,38 @@ def read_clip(
         else:
             if wanted[-1] >= len(times):
                 raise UserError(f"{path}: frame {wanted[-1]} was asked for but it has {len(times)}; shorten the range")
+            if decoder == "torchcodec" and any(name in container.format.name for name in TORCHCODEC_FORMATS):
+                assert stream.time_base is not None  # every demuxed stream has one
+                on_stage("decode")
+                pictures_THWC = decode_with_torchcodec(
+                    path,
+                    [times[index] for index in wanted],
+                    stream.time_base,
+                    even=isinstance(times, range),
+                    cover=cover,
+                )
+                clip_THWC = allocate(*pictures_THWC.shape[:3])
+                clip_THWC[:] = centre(pictures_THWC, *clip_THWC.shape[1:3])
+                return clip_THWC
             frames = ((frame.pts, frame) for frame in _decode_from(container, stream, times[start], times[0]))
             slots = {times[index]: slot for slot, index in enumerate(wanted)}
-        return _collect(path, frames, slots, cover)
+        return _collect(path, frames, slots, cover, allocate, on_stage)
 
 
-def read_image(path: str | Path, *, cover: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(
+    path: str | Path,
+    *,
+    cover: tuple[int, int] | None = None,
+    allocate: Allocate = new_array,
+    on_stage: OnStage = ignore_stage,
+) -> np.ndarray:
     """One picture: uint8 [1, H, W, 3]; the first frame if the file is a video.  Transparency is dropped.
 
-    cover as in read_clip.  Raises UserError for an unreadable file.
+    cover, allocate and on_stage as in read_clip.  Raises UserError for an unreadable file.
     """
+    on_stage("open")
     with _open(path) as (container, stream):
-        return _collect(path, enumerate(container.decode(stream)), {0: 0}, cover)
+        return _collect(path, enumerate(container.decode(stream)), {0: 0}, cover, allocate, on_stage)
 
 
 def resize_crop(frames_THWC: np.ndarray, size: tuple[int, int]) -> Tensor:
@@ -116,8 +162,11 @@ def resize_crop(frames_THWC: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 def resize_crop_uint8(frames_THWC: np.ndarray, size: tuple[int, int]) -> Tensor:
     """`resize_crop` before its last step, a quarter of the bytes: uint8 [3, T, height, width]."""
+    import torch
+    import torch.nn.functional as F
+
     height, width = size
-    scaled_height, scaled_width = _covering_size(frames_THWC.shape[1], frames_THWC.shape[2], size)
+    scaled_height, scaled_width = covering_size(frames_THWC.shape[1], frames_THWC.shape[2], size)
     frames_TCHW = torch.from_numpy(frames_THWC).permute(0, 3, 1, 2)
     if (scaled_height, scaled_width) != frames_THWC.shape[1:3]:
         # uint8 in, uint8 out: torch's vectorised path, 60 times faster than float32 and at most one grey level away.
@@ -306,6 +355,8 @@ def _collect(
     frames: Iterable[tuple[int | None, VideoFrame]],
     slots: Mapping[int, int],
     cover: tuple[int, int] | None,
+    allocate: Allocate,
+    on_stage: OnStage,
 ) -> np.ndarray:
     """RGB of the frames whose key is in `slots` (key -> place in the result); stops at the last of them."""
     from av.video.reformatter import VideoReformatter
@@ -313,7 +364,9 @@ def _collect(
     scaler = VideoReformatter()  # one for the clip: it keeps its filter tables
     clip_THWC: np.ndarray | None = None
     filled = 0
-    for key, frame in frames:
+    for number, (key, frame) in enumerate(frames):
+        if number == 0:
+            on_stage("decode")
         if key is None or key not in slots:
             continue
         slot = slots[key]
@@ -323,11 +376,14 @@ def _collect(
         if clip_THWC is None:
             height, width = _shown_size(frame)
             if cover:
-                height, width = _covering_size(height, width, cover)
-            clip_THWC = np.empty((len(slots), height, width, 3), np.uint8)
+                height, width = covering_size(height, width, cover)
+            clip_THWC = allocate(len(slots), height, width)
         rows, columns = (width, height) if turns % 2 else (height, width)
-        rgb = scaler.reformat(frame, columns, rows, "rgb24", interpolation=_SCALER, threads=1).to_ndarray()
-        clip_THWC[slot] = np.rot90(rgb, turns)
+        plane = scaler.reformat(frame, columns, rows, "rgb24", interpolation=_SCALER, threads=1).planes[0]
+        # A view: lines are padded in FFmpeg's memory, and the one copy made is that into the clip.
+        lines = np.frombuffer(memoryview(plane), np.uint8).reshape(rows, plane.line_size)[:, : 3 * columns]
+        upright_1HWC = np.rot90(lines.reshape(rows, columns, 3), turns)[None]
+        clip_THWC[slot] = centre(upright_1HWC, *clip_THWC.shape[1:3])[0]
         filled += 1
         if filled == len(slots):
             return clip_THWC
@@ -343,12 +399,9 @@ def _shown_size(frame: VideoFrame) -> tuple[int, int]:
     return (frame.width, frame.height) if _quarter_turns(frame) % 2 else (frame.height, frame.width)
 
 
-def _covering_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    scale = max(size[0] / height, size[1] / width)
-    return max(size[0], round(height * scale)), max(size[1], round(width * scale))
-
-
 def _to_uint8(video_CTHW: Tensor) -> np.ndarray:
     """float [-1, 1] -> uint8 [T, H, W, 3], values outside cut off."""
+    import torch
+
     video_THWC = video_CTHW.detach().float().permute(1, 2, 3, 0)
     return ((video_THWC + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).contiguous().cpu().numpy()

@@ -18,6 +18,7 @@ Shapes   N clips.   Source: Open-Sora 2.0, released bucket sampler (rules) and a
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,23 +96,109 @@ def assign(
     """
     buckets: list[Bucket] = []
     bucket_of_N = np.full(len(clips), -1)
-    area_N = clips.height * clips.width
-    frames_N = np.maximum(clips.num_frames // frame_interval(clips.fps, fps_max), 1)  # an image stays one, at any fps
-    for level, resolution in enumerate(sorted(table, key=area, reverse=True)):
-        by_ratio = sizes(resolution, multiple, training=True)
-        ratio_N = _nearest_ratio(clips, list(by_ratio))
-        undecided_N = (bucket_of_N < 0) & (area_N >= LEAST_AREA * area(resolution))
+    for level, of_level in enumerate(_levels(clips, table, multiple=multiple, fps_max=fps_max)):
+        undecided_N = (bucket_of_N < 0) & of_level.large_N
         chance_N = np.zeros(len(clips)) if draw is None else draw.of("take", level).random(len(clips))
-        for frames in sorted(table[resolution], reverse=True):
-            probability, batch_size = table[resolution][frames]
-            take, shorten = _chances(probability)
-            fits_N = undecided_N & (frames_N >= frames) & ((clips.num_frames == 1) == (frames == 1))
+        for entry in of_level.entries:
+            frames, take, shorten = entry.frames, entry.take, entry.shorten
+            fits_N = undecided_N & of_level.fits(frames)
             if shorten:
                 fits_N &= take > 0 if draw is None else draw.of("shorten", level, frames).random(len(clips)) >= shorten
             taken_N = fits_N & (chance_N < take)
             undecided_N &= ~fits_N
-            bucket_of_N[taken_N] = len(buckets) + ratio_N[taken_N]
-            buckets += [
+            bucket_of_N[taken_N] = len(buckets) + of_level.ratio_N[taken_N]
+            buckets += entry.buckets
+    return buckets, bucket_of_N
+
+
+def reachable_pairs(
+    clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float
+) -> tuple[list[Bucket], np.ndarray, np.ndarray]:
+    """Every pair that some epoch can make: the buckets, and int64 [P] positions of clips and of their buckets.
+
+    Pairs come bucket by bucket, within one in the order of the index. A clip may have several, or none.
+    """
+    buckets: list[Bucket] = []
+    clips_of, buckets_of = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    open_N = np.ones(len(clips), bool)  # some draws of the levels so far leave the clip to the next one
+    for of_level in _levels(clips, table, multiple=multiple, fps_max=fps_max):
+        undecided_N, left_N = open_N & of_level.large_N, open_N & ~of_level.large_N
+        for entry in of_level.entries:
+            fits_N = undecided_N & of_level.fits(entry.frames)
+            if entry.take > 0:
+                clips_of.append(np.flatnonzero(fits_N))
+                buckets_of.append(len(buckets) + of_level.ratio_N[fits_N])
+            if entry.take < 1:
+                left_N |= fits_N
+            if not entry.shorten:
+                undecided_N &= ~fits_N
+            buckets += entry.buckets
+        open_N = left_N | undecided_N
+    clip_P, bucket_P = np.concatenate(clips_of), np.concatenate(buckets_of)
+    order = np.lexsort((clip_P, bucket_P))
+    return buckets, clip_P[order], bucket_P[order]
+
+
+def unplaced(clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float) -> dict[str, np.ndarray]:
+    """The clips that no bucket can ever take, by reason: positions in the index; empty when all are of use."""
+    unplaced_N = assign(clips, table, None, multiple=multiple, fps_max=fps_max)[1] < 0
+    smallest = min(map(area, table), default=0)
+    small_N = unplaced_N & (clips.height * clips.width < LEAST_AREA * smallest)
+    still_N = unplaced_N & ~small_N & (clips.num_frames == 1)
+    by_reason = {
+        f"smaller than {LEAST_AREA} of every resolution's area": small_N,
+        "images without a bucket of 1 frame": still_N,
+        "videos shorter than every bucket": unplaced_N & ~small_N & ~still_N,
+    }
+    return {reason: np.flatnonzero(of_N) for reason, of_N in by_reason.items() if of_N.any()}
+
+
+def reachable(clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float) -> list[Bucket]:
+    """The buckets that some epoch can put a clip of the index in: what memory must fit."""
+    buckets, _, bucket_P = reachable_pairs(clips, table, multiple=multiple, fps_max=fps_max)
+    return [buckets[position] for position in np.unique(bucket_P)]
+
+
+def misfits(clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float) -> dict[str, int]:
+    """How many clips no bucket can ever take, by reason; empty when all are of use."""
+    found = unplaced(clips, table, multiple=multiple, fps_max=fps_max)
+    return {reason: len(positions) for reason, positions in found.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A count of frames at one resolution; one bucket for each aspect ratio."""
+
+    frames: int
+    take: float
+    shorten: float
+    buckets: list[Bucket]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One resolution, and what of the rules no draw decides. entries: in the order in which they are tried."""
+
+    entries: list[_Entry]
+    large_N: np.ndarray  # whether the clip's area is enough
+    ratio_N: np.ndarray  # position of its aspect ratio in the buckets of an entry
+    frames_N: np.ndarray  # frames after thinning
+    image_N: np.ndarray
+
+    def fits(self, frames: int) -> np.ndarray:
+        """Whether a clip has so many frames: bool [N]."""
+        return (self.frames_N >= frames) & (self.image_N == (frames == 1))
+
+
+def _levels(clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float) -> Iterator[_Level]:
+    area_N, image_N = clips.height * clips.width, clips.num_frames == 1
+    frames_N = np.maximum(clips.num_frames // frame_interval(clips.fps, fps_max), 1)  # an image stays one, at any fps
+    for resolution in sorted(table, key=area, reverse=True):
+        by_ratio = sizes(resolution, multiple, training=True)
+        entries = []
+        for frames in sorted(table[resolution], reverse=True):
+            probability, batch_size = table[resolution][frames]
+            buckets = [
                 Bucket(
                     resolution=resolution,
                     aspect_ratio=aspect_ratio,
@@ -122,21 +209,14 @@ def assign(
                 )
                 for aspect_ratio, (height, width) in by_ratio.items()
             ]
-    return buckets, bucket_of_N
-
-
-def misfits(clips: ClipIndex, table: BucketTable, *, multiple: int, fps_max: float) -> dict[str, int]:
-    """How many clips no bucket can ever take, by reason; empty when all are of use."""
-    unplaced_N = assign(clips, table, None, multiple=multiple, fps_max=fps_max)[1] < 0
-    smallest = min(map(area, table), default=0)
-    small_N = unplaced_N & (clips.height * clips.width < LEAST_AREA * smallest)
-    still_N = unplaced_N & ~small_N & (clips.num_frames == 1)
-    counts = {
-        f"smaller than {LEAST_AREA} of every resolution's area": int(small_N.sum()),
-        "images without a bucket of 1 frame": int(still_N.sum()),
-        "videos shorter than every bucket": int((unplaced_N & ~small_N & ~still_N).sum()),
-    }
-    return {reason: count for reason, count in counts.items() if count}
+            entries.append(_Entry(frames, *_chances(probability), buckets))
+        yield _Level(
+            entries=entries,
+            large_N=area_N >= LEAST_AREA * area(resolution),
+            ratio_N=_nearest_ratio(clips, list(by_ratio)),
+            frames_N=frames_N,
+            image_N=image_N,
+        )
 
 
 def _chances(probability: float | tuple[float, float]) -> tuple[float, float]:

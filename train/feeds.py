@@ -10,9 +10,10 @@ import torch
 
 from opensora_fast.autoencoder import Autoencoder
 from opensora_fast.errors import UserError
+from opensora_fast.train.bucket_sampler import BucketSampler
 from opensora_fast.train.config import DataSection
 from opensora_fast.train.index import read_index
-from opensora_fast.train.loader import Batch, BucketSampler, ClipLoader, evaluation_batches
+from opensora_fast.train.loader import Batch, ClipLoader, evaluation_batches
 
 
 def training_feed(
@@ -20,7 +21,8 @@ def training_feed(
 ) -> ClipLoader:
     """Batches of `data.index` for this autoencoder; sides divide by `multiple`.
 
-    Raises UserError for an unusable index or bucket table, and for frame counts that the autoencoder cannot take.
+    Raises UserError for an unusable index or bucket table, for frame counts that the autoencoder cannot take, and for
+    memory that cannot be had or is too small.
     """
     assert data.index is not None
     for frames in {frames for by_frames in data.buckets.values() for frames in by_frames}:
@@ -30,7 +32,18 @@ def training_feed(
         sampler = BucketSampler(clips, data.buckets, multiple=multiple, seed=seed, fps_max=data.fps_max)
     for cause, count in sampler.misfits.items():
         print(f"{data.index}: {count} of {len(clips)} clips are not used: {cause}")
-    return ClipLoader(clips, sampler, workers=data.workers, prefetch=data.prefetch, device=device)
+    loader = ClipLoader(
+        clips,
+        sampler,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pinned_gib=data.pinned_gib,
+        device=device,
+        slow_batch_s=data.slow_batch_s,
+        batch_timeout_s=data.batch_timeout_s,
+    )
+    print(loader.describe())
+    return loader
 
 
 def fixed_feed(index: str | None, data: DataSection, *, multiple: int, clips: int | None = None) -> Iterable[Batch]:

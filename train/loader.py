@@ -1,52 +1,44 @@
 """Batches without end, and a state that resumes them exactly.
 
-    BucketSampler   which clips make the next batch          cheap, in order, no files
-    ClipLoader      decodes them, ahead and in parallel      torch's DataLoader is the engine
+    BucketSampler    which clips make the next batch                   bucket_sampler
+    DecodeWorkers    processes that decode into shared memory          decode_workers, decode_worker, decode_watch
+    BatchPipeline    one thread: plans in, laid-out batches out        batch_pipeline
+    ClipLoader       the trainer's side: the state, waiting, reports   here
 
-An epoch assigns every clip to a bucket, shuffles, and cuts each bucket into batches; what is left over waits for the
-next epoch's shuffle.  A bucket with too few clips for one batch is filled by repeating them, from other starts, so that
-a small data set trains too.  The order of an epoch's batches does not depend on the number of ranks: at each step rank
-r of R takes the r-th of the next R batches, and fewer than R at the end are left out (or repeated, should the epoch
-have no more).  So a state, which counts the batches handed out to all ranks, resumes at any number of ranks.
-
-Workers are processes, so that a damaged file that crashes FFmpeg, or leaks memory in it, ends the run with an error
-that names the batch's files, and the checkpoints stay good.  Threads would be no faster: FFmpeg works outside the
-interpreter's lock, and two threads and two processes decode equally many clips per second (3.4 of 49 frames, 720p, on
-two busy cores).  workers=0 decodes in the training process, which is right where no core is idle anyway.
+The state counts the batches handed out, whatever has been decoded ahead, and depends neither on the number of workers
+nor on that of ranks.
 
 Shapes   B clips, C = 3, T frames, H height, W width.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import time
 import warnings
-from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from opensora_fast.errors import UserError
-from opensora_fast.train.buckets import Bucket, BucketTable, Draw, assign, misfits, thinned_fps, validate_buckets
+from opensora_fast.train.batch_memory import take_memory
+from opensora_fast.train.batch_pipeline import BatchPipeline, PlannedBatch
+from opensora_fast.train.bucket_sampler import BatchPlan, BucketSampler, evaluation_plans
+from opensora_fast.train.buckets import BucketTable, thinned_fps
 from opensora_fast.train.dataset import decode_clip
-from opensora_fast.train.index import ClipIndex
+from opensora_fast.train.decode_workers import DecodeWorkers
+from opensora_fast.train.index import ClipIndex, ClipRecord
+from opensora_fast.video_decoder import choose_decoder
 from opensora_fast.video_io import to_signed
 
+if TYPE_CHECKING:
+    from opensora_fast.train.cached_loader import EncodedBatch
 
-@dataclass(frozen=True, kw_only=True)
-class BatchPlan:
-    """One batch before decoding: positions in the index, and the size that its clips are brought to."""
-
-    bucket: Bucket
-    indices: tuple[int, ...]
-    epoch: int
+_MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,120 +46,44 @@ class Batch:
     """Decoded clips.  Files that could not be read are missing from it; `plan` still names them."""
 
     video_BCTHW: Tensor
-    """float32 in [-1, 1]"""
+    """in [-1, 1]; float32 unless the loader was asked for another type"""
     text: list[str]
     fps: Tensor
     """float32 [B], frames per second of these frames (after thinning); 0 for images"""
     motion: list[float | None]
     paths: list[str]
     plan: BatchPlan
+    encoded: EncodedBatch | None = None
+    """latents and text embeddings from a cache; the clips are not decoded then"""
 
 
-class BucketSampler:
-    """One rank's share of the batches, epoch after epoch; see the module for the rules.
+class Batches(Protocol):
+    """What the training loop reads: batches without end, and the state behind the last one handed out."""
 
-    multiple: what height and width must divide by (autoencoder's spatial compression x patch size).
-    misfits: {reason: clips} that no bucket can ever take.
-    Raises UserError when no clip fits any bucket.
-    """
+    skipped: dict[str, str]
 
-    def __init__(
-        self,
-        clips: ClipIndex,
-        buckets: BucketTable,
-        *,
-        multiple: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        fps_max: float = 24,
-    ):
-        validate_buckets(buckets)
-        if seed < 0:
-            raise UserError(f"seed={seed}: use 0 or more")
-        self.misfits = _require_fitting(clips, buckets, multiple=multiple, fps_max=fps_max)
-        self.seed, self.fps_max = seed, fps_max
-        self._clips, self._table, self._multiple = clips, buckets, multiple
-        self._rank, self._world_size = rank, world_size
-        self._inputs = self._digest()
-        self._open_epoch(0)
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        return self
-
-    def __next__(self) -> BatchPlan:
-        while not self._whole_step_left():
-            self._open_epoch(self._epoch + 1)
-        place = self._order[(self._handed_out + self._rank) % len(self._order)]
-        self._handed_out += self._world_size
-        bucket = self._buckets[self._bucket_of_batch[place]]
-        first = self._first_of_batch[place]
-        indices = tuple(self._members[first : first + bucket.batch_size].tolist())
-        return BatchPlan(bucket=bucket, indices=indices, epoch=self._epoch)
-
-    def state_dict(self) -> dict:
-        """Names the next batch; JSON-ready.  Equal on all ranks that have taken equally many."""
-        return {"epoch": self._epoch, "handed_out": self._handed_out, "inputs": self._inputs}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken.
-
-        When clips, buckets or seed differ from those of the state, its epoch's order no longer exists: that epoch is
-        left unfinished, with a warning.
-        """
-        same = state["inputs"] == self._inputs
-        self._open_epoch(state["epoch"] if same else state["epoch"] + 1)
-        if same:
-            self._handed_out = state["handed_out"]
-        else:
-            warnings.warn(
-                f"clips, buckets or seed differ from those of the saved state: epoch {state['epoch']} is left "
-                f"unfinished and training goes on with epoch {state['epoch'] + 1}",
-                stacklevel=2,
-            )
-
-    def _whole_step_left(self) -> bool:
-        left = len(self._order) - self._handed_out
-        return left >= self._world_size or (left > 0 and self._handed_out == 0)
-
-    def _open_epoch(self, epoch: int) -> None:
-        draw = Draw(seed=self.seed, epoch=epoch)
-        buckets, bucket_of_N = assign(self._clips, self._table, draw, multiple=self._multiple, fps_max=self.fps_max)
-        shuffled = draw.of("clips").permutation(len(self._clips))
-        shuffled = shuffled[bucket_of_N[shuffled] >= 0]
-        grouped = shuffled[np.argsort(bucket_of_N[shuffled], kind="stable")]
-        members: list[np.ndarray] = []
-        bucket_of_batch: list[np.ndarray] = []
-        used, starts = np.unique(bucket_of_N[grouped], return_index=True)
-        for bucket, clips in zip(used, np.split(grouped, starts[1:]), strict=False):
-            batches = max(1, len(clips) // buckets[bucket].batch_size)
-            members.append(np.resize(clips, batches * buckets[bucket].batch_size))  # repeats where there are too few
-            bucket_of_batch.append(np.full(batches, bucket))
-        nothing = np.zeros(0, np.int64)
-        self._epoch, self._handed_out, self._buckets = epoch, 0, buckets
-        self._members = np.concatenate([nothing, *members])
-        self._bucket_of_batch = np.concatenate([nothing, *bucket_of_batch])
-        batch_sizes = np.array([bucket.batch_size for bucket in buckets])[self._bucket_of_batch]
-        self._first_of_batch = np.cumsum(batch_sizes) - batch_sizes
-        self._order = draw.of("batches").permutation(len(batch_sizes))
-
-    def _digest(self) -> str:
-        """Of everything that the order depends on."""
-        settings = [self.seed, self._table, self._multiple, self.fps_max]
-        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
-        for column in (self._clips.num_frames, self._clips.height, self._clips.width, self._clips.fps):
-            digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+    def close(self) -> None: ...
 
 
 class ClipLoader:
     """Iterates decoded batches of `sampler`'s plans, without end.
 
-    workers: processes that decode; 0 decodes in this one.  prefetch: batches that each of them works ahead.
-    device: where batches are put; to a CUDA device they are copied asynchronously from pinned memory.
+    workers: processes that decode.  prefetch: batches laid out ahead of the trainer.
+    pinned_gib: GiB for laid-out batches; 0 is room for the largest of them, prefetch + 2 times.
+    device: where batches are put; for a CUDA device the memory is pinned, and copying overlaps with the step before.
+    dtype: of the pixels.
+    slow_batch_s, batch_timeout_s: after so many seconds of waiting for a batch, `say` is told which file is in which
+    stage, and a UserError says it.
     skipped: {path: reason} of files that could not be read so far.  They are left out of their batches; a batch of
-    which nothing remains is passed over, so that this rank's state runs ahead of the others': save one for each rank.
-    Raises UserError when a whole epoch gives nothing, RuntimeError naming the files when a worker dies or fails.
+    which nothing remains is replaced by the next of the epoch's order (see `bucket_sampler`).
+    The pixels of a batch lie in memory that is used again when the last tensor made of them is gone: a consumer that
+    keeps more batches than there is room for waits for itself, and is told so.
+    Raises UserError when the memory cannot be had or does not fit the largest batch, and when a whole epoch gives
+    nothing; RuntimeError naming the file for a fault in decoding that is not the file's.
     """
 
     def __init__(
@@ -175,34 +91,46 @@ class ClipLoader:
         clips: ClipIndex,
         sampler: BucketSampler,
         *,
-        workers: int = 0,
+        workers: int,
         prefetch: int = 2,
+        pinned_gib: float = 0.0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        slow_batch_s: float = 30.0,
+        batch_timeout_s: float = 600.0,
+        say: Callable[[str], None] = print,
     ):
+        if workers < 1:
+            raise UserError(f"data.workers={workers}: clips are decoded by processes of their own; use 1 or more")
+        if prefetch < 1:
+            raise UserError(f"data.prefetch={prefetch}: use 1 or more")
         self.skipped: dict[str, str] = {}
-        self._clips, self._sampler = clips, sampler
-        self._workers, self._prefetch, self._device = workers, prefetch, torch.device(device)
+        self._clips, self._sampler, self._device = clips, sampler, _numbered(torch.device(device))
+        self._workers, self._prefetch, self._dtype = workers, prefetch, dtype
+        self._slow_batch_s, self._batch_timeout_s, self._say = slow_batch_s, batch_timeout_s, say
         self._state = sampler.state_dict()
-        self._in_flight: deque[tuple[BatchPlan, dict]] = deque()
-        self._decoded: Iterator[_Decoded] | None = None
+        self._decoder = choose_decoder()
+        self._pipeline: BatchPipeline | None = None
+        self._memory = take_memory(
+            clips,
+            sampler,
+            workers=workers,
+            prefetch=prefetch,
+            pinned_gib=pinned_gib,
+            device=self._device,
+            dtype=dtype,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
+        self._started()  # the workers begin while the caller does something else first
         return self
 
     def __next__(self) -> Batch:
-        if self._decoded is None:
-            self._decoded = self._start()
-        first_epoch = None
-        while True:
-            decoded = self._next_decoded(self._decoded)
-            plan, self._state = self._in_flight.popleft()
-            self.skipped.update(decoded.skipped)
-            if decoded.pixels_BCTHW is not None:
-                return decoded.batch(self._device)
-            first_epoch = plan.epoch if first_epoch is None else first_epoch
-            if plan.epoch > first_epoch + 1:
-                reason = next(iter(decoded.skipped.values()))
-                raise UserError(f"no clip of epoch {first_epoch + 1} could be read; the last: {reason}")
+        planned = self._waited_for(self._started())
+        self._state = planned.state
+        self.skipped.update(planned.skipped)
+        assert planned.video_BCTHW is not None
+        return _batch(planned.plan, planned.records, planned.video_BCTHW, self._sampler.fps_max)
 
     def state_dict(self) -> dict:
         """The state after the last batch handed out, whatever has been decoded ahead; JSON-ready."""
@@ -210,68 +138,92 @@ class ClipLoader:
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state` was taken; what has been decoded ahead is dropped."""
+        self.close()
         self._sampler.load_state_dict(state)
         self._state = self._sampler.state_dict()
-        self.close()
 
     def close(self) -> None:
         """Stop the workers and drop what they have decoded ahead; iterating starts new ones.  The state is kept."""
-        self._decoded = None  # DataLoader's iterator stops its workers when it goes
-        self._in_flight.clear()
-        self._sampler.load_state_dict(self._state)
+        if self._pipeline is not None:
+            self._close_pipeline()
+            self._pipeline = None
+            self._sampler.load_state_dict(self._state)
 
-    def _start(self) -> Iterator[_Decoded]:
-        several = self._workers > 0
-        return iter(
-            DataLoader(
-                _Decoding(self._clips, self._sampler.seed, self._sampler.fps_max),
-                sampler=self._recorded_plans(),
-                batch_size=None,
-                num_workers=self._workers,
-                prefetch_factor=self._prefetch if several else None,
-                pin_memory=self._device.type == "cuda",
-                collate_fn=_unchanged,
-                worker_init_fn=_leave_process_group,
-                generator=torch.Generator(),  # the default one would draw from the run's own random stream
-            )
+    def describe(self) -> str:
+        """Who decodes, with what and why, and into how much memory; one line."""
+        kind = "pinned memory" if self._device.type == "cuda" else "memory"
+        return (
+            f"{self._workers} worker{'s' * (self._workers > 1)} decode with {self._decoder.name} "
+            f"({self._decoder.reason}) into {self._memory.shared.bytes / _MIB:.1f} MiB; batches are laid out in "
+            f"{self._memory.pinned_bytes / _MIB:.1f} MiB of {kind}"
         )
 
-    def _recorded_plans(self) -> Iterator[BatchPlan]:
-        """The sampler's plans, each noted together with the state that follows it."""
-        for plan in self._sampler:
-            self._in_flight.append((plan, self._sampler.state_dict()))
-            yield plan
+    @property
+    def worker_processes(self) -> list[int]:
+        """The process ids of the workers that are at work."""
+        return [] if self._pipeline is None else self._pipeline.worker_processes
 
-    def _next_decoded(self, decoded: Iterator[_Decoded]) -> _Decoded:
-        try:
-            return next(decoded)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            paths = sorted({self._clips[index].path for plan, _ in self._in_flight for index in plan.indices})
-            shown = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
-            raise UserError(f"a loader worker died while decoding one of {shown}: drop the broken one") from error
+    def _started(self) -> BatchPipeline:
+        if self._pipeline is None:
+            self._pipeline = self._new_pipeline()
+        return self._pipeline
+
+    def _new_pipeline(self) -> BatchPipeline:
+        start_workers = partial(DecodeWorkers, self._workers, self._memory.shared, decoder=self._decoder.name)
+        pipeline = BatchPipeline(
+            self._clips,
+            self._sampler,
+            start_workers=start_workers,
+            workers=self._workers,
+            prefetch=self._prefetch,
+            memory=self._memory,
+            device=self._device,
+            dtype=self._dtype,
+        )
+        self._close_pipeline = weakref.finalize(self, pipeline.close)
+        return pipeline
+
+    def _waited_for(self, pipeline: BatchPipeline) -> PlannedBatch:
+        """The next batch; a long wait is reported once, and ends with the limit."""
+        begun = time.monotonic()
+        limits = sorted({min(self._slow_batch_s, self._batch_timeout_s), self._batch_timeout_s})
+        for limit in limits:
+            planned = pipeline.take(max(0.0, begun + limit - time.monotonic()))
+            if planned is not None:
+                return planned
+            if limit < self._batch_timeout_s:
+                self._say(f"a batch is late, {limit:g} s so far: {pipeline.where()}")
+        raise UserError(
+            f"no batch came within data.batch_timeout_s={self._batch_timeout_s:g}: {pipeline.where()}; leave the file "
+            "out, or raise --data.batch_timeout_s"
+        )
 
 
 class EvaluationBatches:
-    """A fixed list of batches, decoded anew each time it is iterated; see `evaluation_batches`.
+    """A fixed list of batches, decoded anew, in this process, each time it is iterated; see `evaluation_batches`.
 
     Files that cannot be read are left out with a warning that names them.
     """
 
-    def __init__(self, decoding: _Decoding, plans: list[BatchPlan]):
-        self._decoding, self._plans = decoding, plans
+    def __init__(self, clips: ClipIndex, plans: list[BatchPlan], *, fps_max: float):
+        self._clips, self._plans, self._fps_max = clips, plans, fps_max
 
     def __len__(self) -> int:
         return len(self._plans)
 
     def __iter__(self) -> Iterator[Batch]:
         for plan in self._plans:
-            decoded = self._decoding[plan]
-            for reason in decoded.skipped.values():
-                warnings.warn(f"left out of an evaluation: {reason}", stacklevel=2)
-            if decoded.pixels_BCTHW is not None:
-                yield decoded.batch(torch.device("cpu"))
+            pixels, records = [], []
+            for index in plan.indices:
+                record = self._clips[index]
+                try:
+                    pixels.append(decode_clip(record, plan.bucket, None, fps_max=self._fps_max))
+                except UserError as error:
+                    warnings.warn(f"left out of an evaluation: {error}", stacklevel=2)
+                else:
+                    records.append(record)
+            if records:
+                yield _batch(plan, records, to_signed(torch.stack(pixels)), self._fps_max)
 
 
 def evaluation_batches(
@@ -283,98 +235,22 @@ def evaluation_batches(
     fps_max: float = 24,
     limit: int | None = None,
 ) -> EvaluationBatches:
-    """One pass over (the first `limit`) clips that fit, always the same: in order, from their first frames.
-
-    Each clip takes the first bucket that fits and has a positive chance.  batch_size replaces that of the buckets.
-    Raises UserError when no clip fits.
-    """
-    _require_fitting(clips, buckets, multiple=multiple, fps_max=fps_max)
-    listed, bucket_of_N = assign(clips, buckets, None, multiple=multiple, fps_max=fps_max)
-    if limit is not None:
-        bucket_of_N[np.flatnonzero(bucket_of_N >= 0)[limit:]] = -1
-    plans = []
-    for number in np.unique(bucket_of_N[bucket_of_N >= 0]):
-        members = np.flatnonzero(bucket_of_N == number).tolist()
-        step = batch_size or listed[number].batch_size
-        for first in range(0, len(members), step):
-            indices = tuple(members[first : first + step])
-            plans.append(BatchPlan(bucket=listed[number], indices=indices, epoch=0))
-    return EvaluationBatches(_Decoding(clips, None, fps_max), plans)
+    """The clips of `evaluation_plans`, from their first frames on. Raises UserError when no clip fits."""
+    plans = evaluation_plans(clips, buckets, multiple=multiple, batch_size=batch_size, fps_max=fps_max, limit=limit)
+    return EvaluationBatches(clips, plans, fps_max=fps_max)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Decoded:
-    """What a worker sends: a batch with uint8 pixels, None if no clip of it could be read."""
-
-    plan: BatchPlan
-    pixels_BCTHW: Tensor | None
-    text: list[str]
-    fps: Tensor
-    motion: list[float | None]
-    paths: list[str]
-    skipped: dict[str, str]
-
-    def pin_memory(self) -> _Decoded:
-        """Called by DataLoader."""
-        return self if self.pixels_BCTHW is None else replace(self, pixels_BCTHW=self.pixels_BCTHW.pin_memory())
-
-    def batch(self, device: torch.device) -> Batch:
-        assert self.pixels_BCTHW is not None
-        return Batch(
-            video_BCTHW=to_signed(self.pixels_BCTHW.to(device, non_blocking=True)),
-            text=self.text,
-            fps=self.fps,
-            motion=self.motion,
-            paths=self.paths,
-            plan=self.plan,
-        )
+def _numbered(device: torch.device) -> torch.device:
+    """With its number: the pipeline's thread has a current device of its own."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-class _Decoding(Dataset):
-    """plan -> decoded batch; runs in the workers.  seed=None takes first frames."""
-
-    def __init__(self, clips: ClipIndex, seed: int | None, fps_max: float):
-        self._clips, self._seed, self._fps_max = clips, seed, fps_max
-
-    def __getitem__(self, plan: BatchPlan) -> _Decoded:
-        draw = None if self._seed is None else Draw(seed=self._seed, epoch=plan.epoch)
-        pixels, records, skipped = [], [], {}
-        for slot, index in enumerate(plan.indices):
-            repeat = plan.indices[:slot].count(index)
-            record = self._clips[index]
-            try:
-                pixels.append(decode_clip(record, plan.bucket, draw, index, repeat, fps_max=self._fps_max))
-            except UserError as error:
-                skipped[record.path] = str(error)
-            except Exception as error:
-                raise RuntimeError(f"{record.path}: {type(error).__name__} while decoding: {error}") from error
-            else:
-                records.append(record)
-        return _Decoded(
-            plan=plan,
-            pixels_BCTHW=torch.stack(pixels) if pixels else None,
-            text=[record.text for record in records],
-            fps=torch.tensor([thinned_fps(record.fps, self._fps_max) for record in records]),
-            motion=[record.score_vmafmotion for record in records],
-            paths=[record.path for record in records],
-            skipped=skipped,
-        )
-
-
-def _require_fitting(clips: ClipIndex, buckets: BucketTable, *, multiple: int, fps_max: float) -> dict[str, int]:
-    """The misfits, if they are not all there is."""
-    reasons = misfits(clips, buckets, multiple=multiple, fps_max=fps_max)
-    if sum(reasons.values()) == len(clips):
-        said = "; ".join(f"{count} {reason}" for reason, count in reasons.items()) or "the index is empty"
-        wanted = "; ".join(f"{resolution} at {sorted(by_frames)} frames" for resolution, by_frames in buckets.items())
-        raise UserError(f"no clip fits a bucket ({said}): add clips or change data.buckets (now {wanted or 'none'})")
-    return reasons
-
-
-def _unchanged(decoded: Any) -> Any:
-    return decoded
-
-
-def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM go to the whole group; the trainer must get to save first, and then ends us."""
-    os.setpgrp()
+def _batch(plan: BatchPlan, records: list[ClipRecord], video_BCTHW: Tensor, fps_max: float) -> Batch:
+    return Batch(
+        video_BCTHW=video_BCTHW,
+        text=[record.text for record in records],
+        fps=torch.tensor([thinned_fps(record.fps, fps_max) for record in records]),
+        motion=[record.score_vmafmotion for record in records],
+        paths=[record.path for record in records],
+        plan=plan,
+    )

@@ -197,7 +197,7 @@ def demo_ae() -> AutoencoderRecipe:
             heldout_index="demo",
             buckets={"64px": {16: ((1.0, 0.8), 2), 8: (1.0, 2), 1: (0.2, 4)}},
             fps_max=30,
-            workers=0,
+            workers=1,
         ),
         # twice this rate loses 2 dB on held-out clips and lets the latents grow to a deviation of hundreds
         optimizer=OptimizerSection(
@@ -215,7 +215,7 @@ def demo_stage1() -> DiffusionRecipe:
         model=DEMO_MODEL,
         autoencoder=AutoencoderSection(config=DEMO_AUTOENCODER, untrained_seed=0),
         text=TextSection(t5="demo", clip="demo", max_length_t5=64, max_length_clip=64),
-        data=DataSection(index="demo", heldout_index="demo", buckets={"64px": {16: (1.0, 4)}}, fps_max=30, workers=0),
+        data=DataSection(index="demo", heldout_index="demo", buckets={"64px": {16: (1.0, 4)}}, fps_max=30, workers=1),
         optimizer=OptimizerSection(lr=((0, 1e-3), (300, 3e-4)), warmup_steps=10, ema_decay=0.98),
         loop=LoopSection(steps=400, log_every=50),
         checkpoint=CheckpointSection(every=50, keep=2),

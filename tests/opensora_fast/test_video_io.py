@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from opensora_fast.errors import UserError
+from opensora_fast.frame_sizes import covering_size
+from opensora_fast.video_decoder import choose_decoder
 from opensora_fast.video_io import (
     probe,
     read_clip,
@@ -135,6 +137,65 @@ def test_scaling_while_decoding_agrees_with_scaling_afterwards(tmp_path, size):
     assert whole.shape == covered.shape == (3, 2, *size)
     assert whole.dtype == torch.float32
     assert (whole - covered).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("room", ["covering", "size"])
+def test_frames_go_where_the_caller_wants_them(tmp_path, room):
+    """Into memory of the caller's, all that covers the size or its centre alone; told stage by stage."""
+    path, size, stages, asked = encode(tmp_path / "clip.mp4"), (24, 24), [], []
+    memory = np.zeros((5, *(covering_size(HEIGHT, WIDTH, size) if room == "covering" else size), 3), np.uint8)
+
+    def allocate(*shape):
+        asked.append(shape)
+        return memory
+
+    given = read_clip(path, 7, 5, cover=size, allocate=allocate, on_stage=stages.append)
+    assert given is memory
+    assert asked == [(5, *covering_size(HEIGHT, WIDTH, size))]
+    assert stages == ["open", "seek", "decode"]
+    assert torch.equal(resize_crop(memory, size), resize_crop(read_clip(path, 7, 5, cover=size), size))
+
+
+def test_an_image_goes_where_the_caller_wants_it(tmp_path):
+    write_image(tmp_path / "a.png", torch.rand(3, 40, 56) * 2 - 1)
+    memory, stages = np.zeros((1, 16, 16, 3), np.uint8), []
+    read_image(tmp_path / "a.png", cover=(16, 16), allocate=lambda *shape: memory, on_stage=stages.append)
+    whole = read_image(tmp_path / "a.png", cover=(16, 16))
+    assert torch.equal(resize_crop(memory, (16, 16)), resize_crop(whole, (16, 16)))
+    assert stages == ["open", "decode"]
+
+
+def test_the_choice_of_a_decoder_is_explained():
+    choice = choose_decoder()
+    assert choice.name in ("torchcodec", "PyAV")
+    assert choice.reason.startswith("torchcodec ")
+
+
+needs_torchcodec = pytest.mark.skipif(choose_decoder().name != "torchcodec", reason=choose_decoder().reason)
+
+
+@needs_torchcodec
+@pytest.mark.parametrize("name", STREAMS)
+def test_torchcodec_gives_the_same_frames(tmp_path, name):
+    path = encode(tmp_path / name, **STREAMS[name])
+    for start in (0, 1, 17, 20, 39, FRAMES - 7):
+        assert numbers(read_clip(path, start, 3, 3, decoder="torchcodec")) == list(range(start, start + 9, 3))
+    covered = [read_clip(path, 7, 5, cover=(32, 48), decoder=name).astype(int) for name in ("torchcodec", "PyAV")]
+    assert np.abs(covered[0] - covered[1]).mean() < 2
+
+
+@needs_torchcodec
+def test_torchcodec_s_frames_of_another_time_are_never_handed_on(tmp_path):
+    path = encode(tmp_path / "clip.mp4", options={"x264-params": "keyint=20:scenecut=0:bframes=0:log-level=none"})
+    with av.open(str(path)) as file:
+        packets = [(packet.pos, packet.size) for packet in file.demux(video=0) if packet.size]
+    damaged = bytearray(path.read_bytes())
+    for position, size in packets[:15]:
+        damaged[position + 8 : position + size] = bytes(size - 8)
+    path.write_bytes(damaged)
+    assert numbers(read_clip(path, 25, 10, decoder="torchcodec")) == list(range(25, 35))
+    with pytest.raises(UserError, match=r"clip\.mp4: .*(cannot be read|damaged)"):
+        read_clip(path, 3, 4, decoder="torchcodec")
 
 
 def test_shrinking_averages_instead_of_skipping():

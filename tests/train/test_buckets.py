@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opensora_fast.errors import UserError
-from opensora_fast.train.buckets import Draw, assign, frame_interval, misfits, thinned_fps, validate_buckets
+from opensora_fast.train.buckets import (
+    Draw,
+    assign,
+    frame_interval,
+    misfits,
+    reachable,
+    reachable_pairs,
+    thinned_fps,
+    unplaced,
+    validate_buckets,
+)
 from opensora_fast.train.index import ClipIndex, ClipRecord
 
 
@@ -119,6 +129,47 @@ def test_draws_depend_on_seed_epoch_and_position_alone():
     assert first != resolutions(many, 1, 1)
     share = [first.count(name) / 400 for name in ("256px", "96px", None)]
     np.testing.assert_allclose(share, [0.5, 0.25, 0.25], atol=0.08)
+
+
+chances = st.sampled_from([0.0, 0.5, 1.0, (1.0, 0.5), (0.5, 0.5), (0.0, 0.5)])
+tables = st.dictionaries(
+    st.sampled_from(["256px", "96px", "64px"]),
+    st.dictionaries(st.sampled_from([1, 5, 9, 17]), st.tuples(chances, st.just(2)), max_size=3),
+    max_size=3,
+)
+
+
+@given(
+    tables, st.lists(st.sampled_from([clip(1, fps=0.0), clip(20), clip(40), clip(40, 80, 80)]), min_size=1, max_size=4)
+)
+def test_the_pairs_of_all_epochs_are_known_beforehand(table, rows):
+    clips = ClipIndex.from_records(rows)
+    options = {"multiple": 16, "fps_max": 24}
+    buckets, clip_P, bucket_P = reachable_pairs(clips, table, **options)
+    pairs = list(zip(clip_P.tolist(), bucket_P.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    seen = set()
+    for epoch in range(60):
+        listed, bucket_of_N = assign(clips, table, Draw(seed=0, epoch=epoch), **options)
+        assert listed == buckets
+        seen |= {(position, bucket) for position, bucket in enumerate(bucket_of_N.tolist()) if bucket >= 0}
+    assert seen <= set(pairs)
+    rare = {chance for by_frames in table.values() for chance, _ in by_frames.values()} - {0.0, 1.0}
+    assert seen == set(pairs) or len(rare) > 0
+    never = {position for positions in unplaced(clips, table, **options).values() for position in positions.tolist()}
+    assert never == set(range(len(rows))) - set(clip_P.tolist())
+    assert reachable(clips, table, **options) == [buckets[position] for position in sorted(set(bucket_P.tolist()))]
+
+
+def test_every_pair_comes_up_in_some_epoch():
+    table = {"256px": {17: ((0.5, 0.5), 2), 9: (0.5, 2)}, "96px": {17: (0.0, 2), 9: ((1.0, 0.5), 2), 5: (1.0, 2)}}
+    clips = ClipIndex.from_records([clip(40), clip(20), clip(20, 80, 80)])
+    _, clip_P, bucket_P = reachable_pairs(clips, table, multiple=16, fps_max=24)
+    seen = set()
+    for epoch in range(200):
+        _, bucket_of_N = assign(clips, table, Draw(seed=0, epoch=epoch), multiple=16, fps_max=24)
+        seen |= {(position, bucket) for position, bucket in enumerate(bucket_of_N.tolist()) if bucket >= 0}
+    assert seen == set(zip(clip_P.tolist(), bucket_P.tolist(), strict=True))
 
 
 def test_misfits_are_counted_by_reason():
