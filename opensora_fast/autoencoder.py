@@ -3,13 +3,14 @@
 Shapes  B batch, C channels, T frames, H and W pixels; t, h, w the latent counts of the last three.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 
-class Autoencoder(Protocol):
-    """A video autoencoder. Videos are in [-1, 1]; latents have about unit standard deviation."""
+class LatentLayout(Protocol):
+    """How latents relate to videos."""
 
     @property
     def latent_channels(self) -> int:
@@ -23,6 +24,10 @@ class Autoencoder(Protocol):
     def causal(self) -> bool:
         """True: the first latent is a lone frame (4k + 1 frames). False: every latent holds `compression[0]` frames."""
 
+
+class Autoencoder(LatentLayout, Protocol):
+    """A video autoencoder. Videos are in [-1, 1]; latents have about unit standard deviation."""
+
     def encode(self, video_BCTHW: Tensor) -> Tensor:
         """The latent of a video; [B, C, t, h, w]."""
 
@@ -34,3 +39,12 @@ class Autoencoder(Protocol):
 
     def frames_of(self, latent_frames: int) -> int:
         """T of the video that `decode` gives for t latent frames."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLayout:
+    """The layout of latents whose autoencoder is not at hand; see `LatentLayout`."""
+
+    latent_channels: int
+    compression: tuple[int, int, int]
+    causal: bool

@@ -16,19 +16,29 @@ from opensora_fast.kernels import backend
 COMMANDS = {
     "doctor": ("opensora_fast.doctor", "versions, GPU, native extension, which backend each op uses and why"),
     "data index": ("opensora_fast.train.index", "probe a folder of videos and images into an index"),
+    "data cache": (
+        "opensora_fast.train.encoder_cache",
+        "encode a recipe's clips and prompts once, for training with --data.cache",
+    ),
     "train": ("opensora_fast.train.launch", "train a recipe; resumes from the newest good checkpoint of --out"),
     "sample": ("opensora_fast.pipeline", "generate a video or an image from a trained checkpoint"),
+    "checkpoint": ("opensora_fast.checkpoint_tools", "inspect, verify or export a run's checkpoints: no GPU needed"),
     "bench": (
         "opensora_fast.profiling.bench",
         "time the ops against their bounds and other ways to do the same; --aot, --report",
     ),
+    "bench checkpoint": (
+        "opensora_fast.profiling.checkpoint_bench",
+        "save and load a state on this disk, against torch.save, DCP and fio",
+    ),
+    "bench loader": ("opensora_fast.profiling.loader_bench", "batches of real clips, against a plain DataLoader"),
     "demo": ("opensora_fast.profiling.demo", "train autoencoder and three stages on real clips, sample twice, report"),
     "report": ("opensora_fast.profiling.report", "write one HTML report of finished runs"),
 }
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:12} {purpose}" for name, (_, purpose) in COMMANDS.items())
+    rows = "\n".join(f"  {name:18} {purpose}" for name, (_, purpose) in COMMANDS.items())
     return f"usage: opensora-fast COMMAND [options]\n\n{rows}\n\nopensora-fast COMMAND --help lists its options."
 
 

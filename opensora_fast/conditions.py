@@ -20,13 +20,14 @@ Source   Open-Sora 2.0 (arXiv 2503.09642) section 5.1 and its released code, whi
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opensora_fast.autoencoder import Autoencoder
+from opensora_fast.autoencoder import Autoencoder, LatentLayout
 from opensora_fast.errors import UserError
 from opensora_fast.positions import patchify
 
@@ -37,6 +38,18 @@ class _Given:
 
     head: int = 0
     tail: int = 0
+
+
+class Piece(NamedTuple):
+    """The `frames` pixel frames that a clip begins or ends with, encoded by themselves for a condition."""
+
+    end: Literal["head", "tail"]
+    frames: int
+
+    def of(self, pixels_CFHW: Tensor) -> Tensor:
+        """These frames of [..., F, H, W]."""
+        frames = slice(0, self.frames) if self.end == "head" else slice(-self.frames, None)
+        return pixels_CFHW[..., frames, :, :]
 
 
 CONDITIONS: dict[str, _Given] = {
@@ -98,6 +111,20 @@ def reference_frames(name: str, autoencoder: Autoencoder) -> tuple[int, int]:
     return head, tail
 
 
+def encoded_pieces(names: Iterable[str], layout: LatentLayout, frames: int) -> list[Piece]:
+    """What `training_condition` encodes beside the whole clip of `frames` pixel frames, for any of these conditions.
+
+    Names that are not possible for so short a clip need nothing. Raises UserError for an unknown name.
+    """
+    latent_frames = (frames - 1) // layout.compression[0] + 1
+    pieces = set()
+    for name in names:
+        if possible(name, frames, layout.causal, layout.compression[0]):
+            given = condition_frames(name, latent_frames, layout.causal)
+            pieces |= {piece for of in given if (piece := _piece(layout, of)) is not None}
+    return sorted(pieces)
+
+
 def training_condition(
     autoencoder: Autoencoder, video_BCFHW: Tensor, latent_BCTHW: Tensor, names: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
@@ -107,20 +134,47 @@ def training_condition(
     dtype and device. Pieces of equal length are encoded in one call for the whole batch, so a mixed batch costs at
     most three calls. Raises UserError where `condition_frames` does.
     """
-    pieces: dict[int, list[tuple[int, slice]]] = defaultdict(list)  # pixel frames -> (sample, its latent frames)
-    for sample, name in enumerate(names):
-        for given in condition_frames(name, latent_BCTHW.shape[2], autoencoder.causal):
-            pieces[_pixel_frames(autoencoder, given.stop - given.start)].append((sample, given))
 
+    def encode(places: list[tuple[int, Piece]]) -> Iterable[Tensor]:
+        return autoencoder.encode(torch.stack([piece.of(video_BCFHW[sample]) for sample, piece in places]))
+
+    return _condition(autoencoder, latent_BCTHW, names, encode)
+
+
+def stored_condition(
+    layout: LatentLayout, latent_BCTHW: Tensor, names: Sequence[str], references: Mapping[Piece, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """`training_condition` from pieces that have been encoded before: `references` [B, C, t, H, W] of every piece.
+
+    `references` needs what `encoded_pieces` lists. Raises UserError where `condition_frames` does.
+    """
+
+    def look_up(places: list[tuple[int, Piece]]) -> Iterable[Tensor]:
+        return (references[piece][sample] for sample, piece in places)
+
+    return _condition(layout, latent_BCTHW, names, look_up)
+
+
+def _condition(
+    layout: LatentLayout,
+    latent_BCTHW: Tensor,
+    names: Sequence[str],
+    encode: Callable[[list[tuple[int, Piece]]], Iterable[Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """`encode` gives the latents of pieces of equal length, each with the sample that it is of."""
     mask_B1THW, reference_BCTHW = torch.zeros_like(latent_BCTHW[:, :1]), torch.zeros_like(latent_BCTHW)
-    for num_frames, places in pieces.items():
-        if num_frames > 1 and not autoencoder.causal:
-            latents = [latent_BCTHW[sample, :, given] for sample, given in places]
-        else:
-            clips = [_end(video_BCFHW[sample], given, num_frames) for sample, given in places]
-            latents = list(autoencoder.encode(torch.stack(clips)).to(latent_BCTHW))
-        for (sample, given), latent_CTHW in zip(places, latents, strict=True):
+    by_length: dict[int, list[tuple[int, slice, Piece]]] = defaultdict(list)
+    for sample, name in enumerate(names):
+        for given in condition_frames(name, latent_BCTHW.shape[2], layout.causal):
             mask_B1THW[sample, :, given] = 1
+            piece = _piece(layout, given)
+            if piece is None:
+                reference_BCTHW[sample, :, given] = latent_BCTHW[sample, :, given]
+            else:
+                by_length[piece.frames].append((sample, given, piece))
+    for places in by_length.values():
+        latents = encode([(sample, piece) for sample, _, piece in places])
+        for (sample, given, _), latent_CTHW in zip(places, latents, strict=True):
             reference_BCTHW[sample, :, given] = latent_CTHW
     return mask_B1THW, reference_BCTHW
 
@@ -137,13 +191,14 @@ def sampling_condition(
     """
     mask_B1THW, reference_BCTHW = torch.zeros_like(noise_BCTHW[:, :1]), torch.zeros_like(noise_BCTHW)
     for given in condition_frames(name, noise_BCTHW.shape[2], autoencoder.causal):
-        end, pixels_BCFHW = ("head", head_BCFHW) if given.start == 0 else ("tail", tail_BCFHW)
+        end = _end(given)
+        pixels_BCFHW = head_BCFHW if end == "head" else tail_BCFHW
         needed = _pixel_frames(autoencoder, given.stop - given.start)
         if pixels_BCFHW is None or pixels_BCFHW.shape[2] < needed:
             there = 0 if pixels_BCFHW is None else pixels_BCFHW.shape[2]
             raise UserError(f"condition {name!r} needs {needed} frames at the {end} and got {there}")
         mask_B1THW[:, :, given] = 1
-        piece_BCFHW = _end(pixels_BCFHW, given, needed).to(noise_BCTHW)
+        piece_BCFHW = Piece(end, needed).of(pixels_BCFHW).to(noise_BCTHW)
         reference_BCTHW[:, :, given] = autoencoder.encode(piece_BCFHW).to(noise_BCTHW)
     return mask_B1THW, reference_BCTHW
 
@@ -161,15 +216,20 @@ def _given_frames(name: str, causal: bool) -> tuple[int, int]:
     return head, tail
 
 
-def _end(pixels_CFHW: Tensor, given: slice, num_frames: int) -> Tensor:
-    """The first or last frames of [..., F, H, W], whichever end the latent frames `given` are at."""
-    frames = slice(0, num_frames) if given.start == 0 else slice(-num_frames, None)
-    return pixels_CFHW[..., frames, :, :]
+def _end(given: slice) -> Literal["head", "tail"]:
+    """The end of a clip that its latent frames `given` are at."""
+    return "head" if given.start == 0 else "tail"
 
 
-def _pixel_frames(autoencoder: Autoencoder, latent_frames: int) -> int:
+def _piece(layout: LatentLayout, given: slice) -> Piece | None:
+    """What is encoded for these latent frames; None where frames of the clip's own latent serve."""
+    frames = _pixel_frames(layout, given.stop - given.start)
+    return None if frames > 1 and not layout.causal else Piece(_end(given), frames)
+
+
+def _pixel_frames(layout: LatentLayout, latent_frames: int) -> int:
     """Pixel frames that encode to so many latent frames; a single image encodes to one."""
     if latent_frames <= 1:
         return latent_frames
-    temporal = autoencoder.compression[0]
-    return (latent_frames - 1) * temporal + 1 if autoencoder.causal else latent_frames * temporal
+    temporal = layout.compression[0]
+    return (latent_frames - 1) * temporal + 1 if layout.causal else latent_frames * temporal

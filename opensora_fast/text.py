@@ -31,7 +31,7 @@ _CLIP_POOLS_AT_LARGEST_ID = 2
 class TextEncoders:
     """The two encoders, in eval mode and without gradients."""
 
-    def __init__(self, t5: _PromptEncoder, clip: _PromptEncoder) -> None:
+    def __init__(self, t5: PromptEncoder, clip: PromptEncoder) -> None:
         self._t5 = t5
         self._clip = clip
         self._null: tuple[Tensor, Tensor] | None = None
@@ -52,26 +52,10 @@ class TextEncoders:
         Longer prompts are cut. Raises UserError when transformers is not installed, a folder is missing or does not
         hold the model with all its weights, and when CLIP's positions or end token do not fit.
         """
-        encoders = cls(
-            _PromptEncoder("T5EncoderModel", "last_hidden_state", Path(t5), max_length_t5, device, dtype),
-            _PromptEncoder("CLIPTextModel", "pooler_output", Path(clip), max_length_clip, device, dtype),
+        return cls(
+            load_t5(Path(t5), max_length=max_length_t5, device=device, dtype=dtype),
+            load_clip(Path(clip), max_length=max_length_clip, device=device, dtype=dtype),
         )
-        encoders._check_clip(clip, max_length_clip)
-        return encoders
-
-    def _check_clip(self, folder: Path, max_length: int) -> None:
-        config, tokenizer = self._clip.model.config, self._clip.tokenizer
-        if max_length > config.max_position_embeddings:
-            raise UserError(
-                f"max_length_clip={max_length}: {folder} has {config.max_position_embeddings} positions; "
-                "use at most that many"
-            )
-        # CLIP pools at this token: with a wrong one it would give every prompt the vector of its first token.
-        if config.eos_token_id not in (_CLIP_POOLS_AT_LARGEST_ID, tokenizer.eos_token_id):
-            raise UserError(
-                f"{folder}: CLIP pools at token {config.eos_token_id} and its tokenizer ends prompts with "
-                f"{tokenizer.eos_token_id}; set eos_token_id in its config.json"
-            )
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """(txt [B, L, D], vec [B, D]) in the encoders' dtype and device."""
@@ -82,6 +66,61 @@ class TextEncoders:
         if self._null is None:
             self._null = self.encode([""])
         return self._null
+
+
+class PromptEncoder:
+    """One tokenizer and model; called with prompts it gives the model's output named `output`.
+
+    In eval mode and without gradients; results have the encoder's dtype and device.
+    """
+
+    def __init__(
+        self,
+        model_class: str,
+        output: str,
+        folder: Path,
+        max_length: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        if not folder.is_dir():
+            raise UserError(
+                f"text encoder folder {folder} does not exist: name one that holds a {model_class} and its tokenizer"
+            )
+        self.tokenizer, model = _load(model_class, folder, dtype)
+        self.model = model.eval().requires_grad_(False).to(device)
+        self._output = output
+        self._max_length = max_length
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> Tensor:
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
+        )
+        return getattr(self.model(input_ids=tokens.input_ids.to(self.model.device)), self._output)
+
+
+def load_t5(folder: Path, *, max_length: int, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
+    """The encoder of text tokens alone; see `TextEncoders.from_folders`, also for errors."""
+    return PromptEncoder("T5EncoderModel", "last_hidden_state", folder, max_length, device, dtype)
+
+
+def load_clip(folder: Path, *, max_length: int, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
+    """The encoder of prompt vectors alone; see `TextEncoders.from_folders`, also for errors."""
+    encoder = PromptEncoder("CLIPTextModel", "pooler_output", folder, max_length, device, dtype)
+    config, tokenizer = encoder.model.config, encoder.tokenizer
+    if max_length > config.max_position_embeddings:
+        raise UserError(
+            f"max_length_clip={max_length}: {folder} has {config.max_position_embeddings} positions; "
+            "use at most that many"
+        )
+    # CLIP pools at this token: with a wrong one it would give every prompt the vector of its first token.
+    if config.eos_token_id not in (_CLIP_POOLS_AT_LARGEST_ID, tokenizer.eos_token_id):
+        raise UserError(
+            f"{folder}: CLIP pools at token {config.eos_token_id} and its tokenizer ends prompts with "
+            f"{tokenizer.eos_token_id}; set eos_token_id in its config.json"
+        )
+    return encoder
 
 
 def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: int) -> None:
@@ -116,35 +155,6 @@ def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: i
         for name, model in models.items():
             model.save_pretrained(Path(folder) / name)
             tokenizer.save_pretrained(Path(folder) / name)
-
-
-class _PromptEncoder:
-    """One tokenizer and model; called with prompts it returns the model's output named `output`."""
-
-    def __init__(
-        self,
-        model_class: str,
-        output: str,
-        folder: Path,
-        max_length: int,
-        device: torch.device | str,
-        dtype: torch.dtype,
-    ) -> None:
-        if not folder.is_dir():
-            raise UserError(
-                f"text encoder folder {folder} does not exist: name one that holds a {model_class} and its tokenizer"
-            )
-        self.tokenizer, model = _load(model_class, folder, dtype)
-        self.model = model.eval().requires_grad_(False).to(device)
-        self._output = output
-        self._max_length = max_length
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
-        )
-        return getattr(self.model(input_ids=tokens.input_ids.to(self.model.device)), self._output)
 
 
 def _load(model_class: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

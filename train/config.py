@@ -30,12 +30,20 @@ class DataSection:
     heldout_index: str | None = None
     buckets: BucketTable = field(default_factory=dict)  # {resolution: {frames: (probability, batch size)}}
     fps_max: int = 24
-    workers: int = 12
-    prefetch: int = 2  # batches per worker
+    workers: int = 12  # processes that decode
+    prefetch: int = 2  # batches laid out ahead of the one that is trained on
+    pinned_gib: float = 0.0  # memory to lay batches out in; 0: as much as prefetch + 2 of the largest take
+    slow_batch_s: float = 30.0  # seconds after which a batch that is waited for is reported, with file and stage
+    batch_timeout_s: float = 600.0  # seconds after which the run stops for it
+    cache: str | None = None  # a folder of `opensora-fast data cache`: training reads it instead of encoding
 
     def __post_init__(self) -> None:
         validate_buckets(self.buckets)
-        _require(self.workers >= 0, "data.workers", self.workers, "use 0 (decode in the training process) or more")
+        _require(self.workers >= 1, "data.workers", self.workers, "clips are decoded by processes; use 1 or more")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "use 1 batch or more")
+        _require(self.pinned_gib >= 0, "data.pinned_gib", self.pinned_gib, "use 0 (as needed) or more")
+        _require(self.slow_batch_s > 0, "data.slow_batch_s", self.slow_batch_s, "must be positive")
+        _require(self.batch_timeout_s > 0, "data.batch_timeout_s", self.batch_timeout_s, "must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,21 +106,30 @@ class LoopSection:
     steps: int
     seed: int = 42
     log_every: int = 10
+    collect_every: int = 50  # steps between two runs of Python's garbage collector, the same on all ranks
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "loop.steps", self.steps, "train at least one step")
         _require(self.log_every >= 1, "loop.log_every", self.log_every, "must be at least 1")
+        _require(self.collect_every >= 1, "loop.collect_every", self.collect_every, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
+    """`on_failure`: whether a checkpoint that could not be written stops the run, or is said while it goes on."""
+
     every: int = 200
     keep: int = 20
+    on_failure: Literal["stop", "go_on"] = "stop"
+    chunk_mib: int = 16  # unit of checksums and of writing
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least the newest one")
+        _require(
+            1 <= self.chunk_mib <= 256, "checkpoint.chunk_mib", self.chunk_mib, "use 1 to 256; 16 suits most disks"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,8 @@
 Over several ranks that share a batch, each makes the same draws, encodes a part of the clips and prompts, and computes
 the loss of its own video tokens; the mean over all of them is the sum of these parts, weighted by their numbers.
 
+A batch that comes from a cache (`data.cache`) is encoded already: the same draws, and the same loss, without encoders.
+
 B batch, C latent channels, T latent frames, H W latent size, N video tokens, L text tokens, D features.
 Source: paper section 4.2 and the released code, which differs from it in sign and in the shift (see
 `opensora_fast.flow`).
@@ -21,28 +23,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from opensora_fast.autoencoder import Autoencoder
+from opensora_fast.autoencoder import Autoencoder, LatentLayout
 from opensora_fast.checkpoint_folder import (
     find_checkpoint,
-    load_autoencoder,
     load_mmdit,
-    load_text_encoders,
     step_folders,
 )
-from opensora_fast.conditions import condition_tokens, draw_condition, training_condition
+from opensora_fast.conditions import condition_tokens, draw_condition, stored_condition, training_condition
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sample_timesteps, shift_alpha
 from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.kernels.flow_mix import flow_mix, velocity_loss
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import patchify, position_ids_THW
-from opensora_fast.prompts import with_suffix
 from opensora_fast.sampling import sample
 from opensora_fast.sequence_shards import joint_lengths, shard, total
 from opensora_fast.text import TextEncoders
+from opensora_fast.train.cache_plan import prompts_of
+from opensora_fast.train.cache_reader import EncodedBatch, EncoderCache
 from opensora_fast.train.checkpoint import RunFolder
-from opensora_fast.train.config import DiffusionRecipe, recipe_to_dict
-from opensora_fast.train.feeds import fixed_feed, training_feed
+from opensora_fast.train.config import DiffusionRecipe
+from opensora_fast.train.diffusion_inputs import cached_inputs, clip_inputs
 from opensora_fast.train.loader import Batch
 from opensora_fast.train.loop import train
 from opensora_fast.train.metrics import mean
@@ -54,7 +55,6 @@ from opensora_fast.train.shared_encoding import (
     clips_work,
     require_alike,
 )
-from opensora_fast.train.stand_ins import resolve_autoencoder, resolve_text
 from opensora_fast.video_io import write_image, write_video
 
 
@@ -63,6 +63,8 @@ class VelocityTask:
 
     With a `context`, all of its ranks are given the same batches and generators; their gradients are parts of one sum,
     which `gradient_reduction.reduce_gradients` adds up before the optimiser's step.
+
+    autoencoder, text: None where all batches come from a cache; `layout` is then that of its latents.
     """
 
     @staticmethod
@@ -74,21 +76,27 @@ class VelocityTask:
         self,
         recipe: DiffusionRecipe,
         model: MMDiT,
-        autoencoder: Autoencoder,
-        text: TextEncoders,
+        autoencoder: Autoencoder | None,
+        text: TextEncoders | None,
         device: torch.device,
         dtype: torch.dtype,
         context: ContextParallel | None = None,
+        *,
+        layout: LatentLayout | None = None,
     ) -> None:
+        if layout is None:
+            assert autoencoder is not None
+            layout = autoencoder
         self.recipe = recipe
         self.model = model
         self.autoencoder = autoencoder
         self.text = text
+        self.layout = layout
         self.device = device
         self.dtype = dtype
         self.context = context if context is not None and context.size > 1 else None
         self._encode = SharedEncoding(self.context, device)
-        self._null: tuple[Tensor, ...] | None = None
+        self._null: tuple[Tensor, Tensor] | None = None
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, int]:
         """Mean squared velocity error of one batch (fp32 scalar) and its number of tokens, text included.
@@ -101,12 +109,13 @@ class VelocityTask:
             drawn = (tuple(batch.video_BCTHW.shape), batch.paths, batch.text, generator.get_state().tolist())
             given = (drawn, config, self.dtype)  # all that the lengths and shapes of what is exchanged depend on
             require_alike("batch, generator, model or dtype", repr(given), self.context, self.device)
-        video_BCTHW = batch.video_BCTHW.to(self.device)
-        conditions = self._draw_conditions(video_BCTHW, generator)
+        conditions = self._draw_conditions(batch.video_BCTHW, generator)
         keep_2B = torch.rand(2, len(batch.text), generator=generator) >= self.recipe.text.dropout
         with torch.no_grad():
-            latent_BCTHW, txt_BLD, vec_BD = self._encode_batch(video_BCTHW, batch, keep_2B)
-            cond_BND = self._condition(video_BCTHW, latent_BCTHW, conditions)
+            if batch.encoded is None:
+                latent_BCTHW, txt_BLD, vec_BD, cond_BND = self._encode_batch(batch, conditions, keep_2B)
+            else:
+                latent_BCTHW, txt_BLD, vec_BD, cond_BND = self._stored_batch(batch.encoded, conditions, keep_2B)
         batch_size, _, frames, rows, columns = latent_BCTHW.shape
         tokens_per_frame = rows * columns // config.patch_size**2
         t_B = sample_timesteps(batch_size, shift_alpha(tokens_per_frame, frames), generator).to(self.device)
@@ -164,69 +173,87 @@ class VelocityTask:
         """The condition of every clip; none where the model takes none."""
         if not self.recipe.model.cond_embed:
             return []
-        frames, compression = video_BCTHW.shape[2], self.autoencoder.compression[0]
+        frames, layout = video_BCTHW.shape[2], self.layout
         return [
-            draw_condition(self.recipe.condition_weights, frames, self.autoencoder.causal, generator, compression)
+            draw_condition(self.recipe.condition_weights, frames, layout.causal, generator, layout.compression[0])
             for _ in range(video_BCTHW.shape[0])
         ]
 
-    def _condition(self, video_BCTHW: Tensor, latent_BCTHW: Tensor, conditions: list[str]) -> Tensor | None:
-        if not self.recipe.model.cond_embed:
-            return None
-        autoencoder = self.autoencoder if self.context is None else SharedAutoencoder(self.autoencoder, self._encode)
-        mask_B1THW, reference_BCTHW = training_condition(autoencoder, video_BCTHW, latent_BCTHW, conditions)
-        return condition_tokens(mask_B1THW, reference_BCTHW, self.recipe.model.patch_size)
-
-    def _encode_batch(self, video_BCTHW: Tensor, batch: Batch, keep_2B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (fp32), T5 embeddings and CLIP vectors; the empty prompt's where `keep_2B` (T5, CLIP) is false."""
-        prompts = [
-            with_suffix(text, fps, motion)
-            for text, fps, motion in zip(batch.text, batch.fps.tolist(), batch.motion, strict=True)
-        ]
+    def _encode_batch(
+        self, batch: Batch, conditions: list[str], keep_2B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Latents (fp32), T5 embeddings, CLIP vectors, and the condition's tokens where the model takes them."""
+        assert self.autoencoder is not None
+        assert self.text is not None
+        text, video_BCTHW = self.text, batch.video_BCTHW.to(self.device)
+        prompts = prompts_of(batch.text, batch.fps.tolist(), batch.motion)
         works = [
             clips_work(self.autoencoder, video_BCTHW),
             Work(
                 signature=("text",),
                 count=len(prompts),
                 cost=FLOPS_PER_PROMPT,
-                encode=lambda items: self.text.encode(prompts[items]),
+                encode=lambda items: text.encode(prompts[items]),
             ),
         ]
         if self._null is None:
-            works.append(Work(signature=("null",), count=1, cost=FLOPS_PER_PROMPT, encode=lambda _: self.text.null()))
+            works.append(Work(signature=("null",), count=1, cost=FLOPS_PER_PROMPT, encode=lambda _: text.null()))
         (latent_BCTHW,), (txt_BLD, vec_BD), *null = self._encode(works)
-        self._null = self._null or null[0]
-        null_txt_1LD, null_vec_1D = self._null
-        # T5 and CLIP are dropped independently, each with the same probability
-        keep_2B = keep_2B.to(txt_BLD.device)
-        return (
-            latent_BCTHW.float(),
-            torch.where(keep_2B[0, :, None, None], txt_BLD, null_txt_1LD),
-            torch.where(keep_2B[1, :, None], vec_BD, null_vec_1D),
-        )
+        latent_BCTHW = latent_BCTHW.float()
+        self._null = self._null or (null[0][0], null[0][1])
+        embeddings = _dropped((txt_BLD, vec_BD), self._null, keep_2B)
+        if not self.recipe.model.cond_embed:
+            return latent_BCTHW, *embeddings, None
+        autoencoder = self.autoencoder if self.context is None else SharedAutoencoder(self.autoencoder, self._encode)
+        mask_B1THW, reference_BCTHW = training_condition(autoencoder, video_BCTHW, latent_BCTHW, conditions)
+        cond_BND = condition_tokens(mask_B1THW, reference_BCTHW, self.recipe.model.patch_size)
+        return latent_BCTHW, *embeddings, cond_BND
+
+    def _stored_batch(
+        self, encoded: EncodedBatch, conditions: list[str], keep_2B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What `_encode_batch` gives, without encoders; every rank reads all of the batch."""
+        encoded = encoded.to(self.device)
+        latent_BCTHW = encoded.latent_BCTHW.float()
+        null = (encoded.null_txt_1LD, encoded.null_vec_1D)
+        embeddings = _dropped((encoded.txt_BLD, encoded.vec_BD), null, keep_2B)
+        if not self.recipe.model.cond_embed:
+            return latent_BCTHW, *embeddings, None
+        condition = stored_condition(self.layout, latent_BCTHW, conditions, encoded.references)
+        return latent_BCTHW, *embeddings, condition_tokens(*condition, self.recipe.model.patch_size)
+
+
+def _dropped(embeddings: tuple[Tensor, Tensor], null: tuple[Tensor, Tensor], keep_2B: Tensor) -> tuple[Tensor, Tensor]:
+    """T5's and CLIP's, each independently the empty prompt's where `keep_2B` is false."""
+    (txt_BLD, vec_BD), (null_txt_1LD, null_vec_1D) = embeddings, null
+    keep_2B = keep_2B.to(txt_BLD.device)
+    return (
+        torch.where(keep_2B[0, :, None, None], txt_BLD, null_txt_1LD),
+        torch.where(keep_2B[1, :, None], vec_BD, null_vec_1D),
+    )
 
 
 def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.device, *, fresh: bool) -> bool:
     """Train the transformer of a recipe whose data are resolved. Returns False when interrupted (state saved).
 
-    Raises UserError for encoders, weights or clips that do not fit the recipe.
+    From a cache no encoder is loaded, unless samples are asked for.
+    Raises UserError for encoders, weights, clips or a cache that do not fit the recipe.
     """
-    recipe = resolve_autoencoder(recipe, run.path)
-    text_widths = {"t5_dim": recipe.model.context_in_dim, "clip_dim": recipe.model.vec_in_dim}
-    recipe = dataclasses.replace(recipe, text=resolve_text(recipe.text, run.path, **text_widths))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    described = recipe_to_dict(recipe)
-    autoencoder = load_autoencoder(described["autoencoder"], device, dtype)
-    text = load_text_encoders(described["text"], device, dtype)
-    _check_fit(recipe, autoencoder, text)
-    multiple = autoencoder.compression[1] * recipe.model.patch_size
-    loader = training_feed(recipe.data, autoencoder, multiple=multiple, seed=recipe.loop.seed, device=device)
-    heldout = fixed_feed(recipe.data.heldout_index, recipe.data, multiple=multiple)
+    if recipe.data.cache is None:
+        inputs = clip_inputs(recipe, run.path, device, dtype)
+    else:
+        inputs = cached_inputs(recipe, EncoderCache.open(Path(recipe.data.cache)), device, dtype)
+    recipe = inputs.recipe
     model = _initial_model(recipe, resuming=bool(step_folders(run.path)) and not fresh).to(device)
-    task = VelocityTask(recipe, model, autoencoder, text, device, dtype)
+    task = VelocityTask(recipe, model, inputs.autoencoder, inputs.text, device, dtype, layout=inputs.layout)
     if fresh:
         run.clear()
-    return train(task, recipe, run, loader, heldout, sample=lambda step: _validation_samples(task, run.path, step))
+
+    def sample_clips(step: int) -> None:
+        _validation_samples(task, run.path, step)
+
+    return train(task, recipe, run, inputs.loader, inputs.heldout, sample=sample_clips)
 
 
 def _initial_model(recipe: DiffusionRecipe, *, resuming: bool) -> MMDiT:
@@ -243,25 +270,10 @@ def _initial_model(recipe: DiffusionRecipe, *, resuming: bool) -> MMDiT:
     return model.train().requires_grad_(True)
 
 
-def _check_fit(recipe: DiffusionRecipe, autoencoder: Autoencoder, text: TextEncoders) -> None:
-    null_txt_1LD, null_vec_1D = text.null()
-    pairs = (
-        (
-            "autoencoder.weights",
-            autoencoder.latent_channels,
-            "model.in_channels / patch_size^2",
-            recipe.model.latent_channels,
-        ),
-        ("text.t5", null_txt_1LD.shape[-1], "model.context_in_dim", recipe.model.context_in_dim),
-        ("text.clip", null_vec_1D.shape[-1], "model.vec_in_dim", recipe.model.vec_in_dim),
-    )
-    for source, theirs, field, ours in pairs:
-        if theirs != ours:
-            raise UserError(f"{source} gives {theirs} channels, {field} is {ours}: name another one")
-
-
 def _validation_samples(task: VelocityTask, run: Path, step: int) -> None:
     """One clip per validation prompt, in RUN/samples."""
+    assert task.autoencoder is not None
+    assert task.text is not None
     recipe = task.recipe
     settings = recipe.sampling_defaults
     for number, prompt in enumerate(recipe.validation.prompts):

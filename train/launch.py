@@ -70,26 +70,30 @@ def run_recipe(recipe: Recipe, out: Path, *, fresh: bool = False) -> int:
     """Train `recipe` in the run folder `out`. Returns the exit code. Raises UserError for bad input."""
     check_supported(recipe)
     device = choose_device(recipe.loop.device)
-    run = RunFolder(out, recipe.checkpoint.keep)
-    recipe = dataclasses.replace(recipe, data=resolve_data(recipe.data, out))
-    if isinstance(recipe, DiffusionRecipe):
-        done = train_diffusion(recipe, run, device, fresh=fresh)
-    else:
-        done = train_autoencoder(recipe, run, device, fresh=fresh)
+    saving = recipe.checkpoint
+    run = RunFolder(out, saving.keep, on_failure=saving.on_failure, chunk_bytes=saving.chunk_mib * 2**20)
+    with contextlib.closing(run):
+        recipe = dataclasses.replace(recipe, data=resolve_data(recipe.data, out))
+        if isinstance(recipe, DiffusionRecipe):
+            done = train_diffusion(recipe, run, device, fresh=fresh)
+        else:
+            done = train_autoencoder(recipe, run, device, fresh=fresh)
     print(f"done: {out}" if done else f"interrupted, state saved: {out} (the same command goes on from here)")
     return 0 if done else 130
 
 
 def check_supported(recipe: Recipe) -> None:
     """Raises UserError when this version cannot run the recipe on this machine, before any work."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE is above 1: this version trains on one device; start one process, without torchrun")
+    require_one_process()
     if isinstance(recipe, AutoencoderRecipe):
+        if recipe.data.cache is not None:
+            raise UserError(f"data.cache={recipe.data.cache}: {recipe.name} trains on pixels; leave this option out")
         return
-    if recipe.autoencoder.kind == "hunyuan":
+    if recipe.autoencoder.kind == "hunyuan" and recipe.data.cache is None:
         raise UserError(
-            f"recipe {recipe.name} needs the Hunyuan autoencoder or a latent cache, and this version has neither: "
-            "train on a Video DC-AE instead (dcae_short, dcae_long), or rehearse with demo_stage1"
+            f"recipe {recipe.name} needs the Hunyuan autoencoder or a latent cache, and this version has no such "
+            "autoencoder: name a cache with --data.cache DIR, train on a Video DC-AE instead (dcae_short, dcae_long), "
+            "or rehearse with demo_stage1"
         )
     if recipe.follows and recipe.init_weights is None:
         raise UserError(
@@ -100,6 +104,12 @@ def check_supported(recipe: Recipe) -> None:
         raise UserError(
             f"parallel.context_parallel={recipe.parallel.context_parallel}: this version trains on one device; use 1"
         )
+
+
+def require_one_process() -> None:
+    """Raises UserError under a launcher of several processes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE is above 1: this version works on one device; start one process, without torchrun")
 
 
 def choose_device(name: str) -> torch.device:

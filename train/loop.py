@@ -2,8 +2,9 @@
 
     batch -> loss -> gradients -> clip -> AdamW on fp32 masters -> moving average -> metrics -> checkpoint
 
-A step's randomness is a function of (seed, rank, step) alone, and the loader's of (seed, epoch, clip): a run that was
-killed and started again has bitwise the losses of one that was not, without any generator state to save.
+A step's randomness is a function of (seed, rank, step) alone, and the loader's of (seed, epoch, clip), and checkpoints
+hold the global generators for whatever else draws: a run that was killed and started again has bitwise the losses of
+one that was not. Checkpoints are written in the background; a step waits only for the state to be copied.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from types import FrameType
 from typing import Protocol, TypeVar
 
@@ -23,7 +25,8 @@ from opensora_fast.errors import UserError
 from opensora_fast.kernels import finite_watch
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import AutoencoderRecipe, DiffusionRecipe, recipe_to_dict
-from opensora_fast.train.loader import Batch, ClipLoader
+from opensora_fast.train.garbage_collection import CollectedEvery
+from opensora_fast.train.loader import Batch, Batches
 from opensora_fast.train.metrics import Metrics, memory_gib
 from opensora_fast.train.optimizer import MasterAdamW, learning_rate
 
@@ -77,7 +80,7 @@ def train(
     task: Task,
     recipe: AnyRecipe,
     run: RunFolder,
-    loader: ClipLoader,
+    loader: Batches,
     heldout: Iterable[Batch],
     *,
     rank: int = 0,
@@ -88,8 +91,9 @@ def train(
 
     `heldout` is passed over at the first and last step and every `validation.every`; `sample` is called every
     `validation.sample_every`; `finish` turns the recipe into the one stored with the last checkpoint. All three see the
-    moving average, where one is kept. Returns False when interrupted (state saved). Raises UserError when
-    `nonfinite_limit` steps in a row had a non-finite loss or gradient, or when a checkpoint cannot be saved.
+    moving average, where one is kept. `loader` is closed at the end. Returns False when interrupted (state saved).
+    Raises UserError when `nonfinite_limit` steps in a row had a non-finite loss or gradient, or when a checkpoint
+    cannot be saved.
     """
     optimizer = MasterAdamW(task.model, recipe.optimizer, task.dtype)
     state = optimizer.state_dict()
@@ -100,6 +104,7 @@ def train(
         progress = restored.progress
         loader.load_state_dict(progress["loader"])
     run.write_recipe(recipe_to_dict(recipe))
+    run.prepare(state)
     step = saved = progress["step"]
     total, log_every = recipe.loop.steps, recipe.loop.log_every
     metrics = Metrics(run.path, first_step=step, total_steps=total, log_every=log_every, title=recipe.name)
@@ -112,18 +117,21 @@ def train(
             figures = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             metrics.say(f"held-out at step {step}: {figures}")
 
-    with Interrupt() as interrupt, metrics:
+    collector = CollectedEvery(recipe.loop.collect_every)
+    with Interrupt() as interrupt, metrics, closing(loader), collector:
+        batches = iter(loader)
         if restored:
             metrics.say(f"resumed {restored.folder}" + "".join(f"\npassed over {line}" for line in restored.damaged))
         else:
             evaluate()
-        batches = iter(loader)
         while step < total and not interrupt.requested:
+            run.check()
             begun = time.perf_counter()
             batch = next(batches)
             data_seconds = time.perf_counter() - begun
             step += 1
-            values = _optimise(task, optimizer, batch, step, step_generator(recipe.loop.seed, rank, step))
+            generator = step_generator(recipe.loop.seed, rank, step)
+            values = _optimise(task, optimizer, batch, step, generator, run.order_update)
             seconds = time.perf_counter() - begun
             values |= {"step_seconds": seconds, "data_seconds": data_seconds}
             values |= {"tokens_per_second": values["tokens"] / seconds}
@@ -137,6 +145,7 @@ def train(
             if step % recipe.checkpoint.every == 0 and step < total:
                 run.save(step, state, progress, recipe_to_dict(recipe))
                 saved = step
+            collector.step(step)
         if step >= total and not progress["finished"]:
             evaluate()
             with optimizer.averaged_weights():
@@ -144,18 +153,28 @@ def train(
             progress["finished"] = True
             saved = -1
         if saved != step:
-            metrics.say(f"saved {run.save(step, state, progress, recipe_to_dict(recipe))}")
+            run.save(step, state, progress, recipe_to_dict(recipe))
+            metrics.say(f"saved {run.wait()}")
+        run.wait()
         for path, reason in loader.skipped.items():
             metrics.say(f"skipped {path}: {reason}")
         return step >= total and not interrupt.requested
 
 
-def _optimise(task: Task, optimizer: MasterAdamW, batch: Batch, step: int, generator: torch.Generator) -> dict:
+def _optimise(
+    task: Task,
+    optimizer: MasterAdamW,
+    batch: Batch,
+    step: int,
+    generator: torch.Generator,
+    before_update: Callable[[], None],
+) -> dict:
     """One step and its figures; a non-finite loss or gradient leaves the weights untouched."""
     lr = learning_rate(optimizer.config, step)
     loss, tokens = task.loss(batch, generator)
     loss.backward()
     loss, gradient_norm = loss.detach().float(), optimizer.gradient_norm()
+    before_update()
     optimizer.step(lr, torch.where(loss.isfinite(), gradient_norm, torch.nan))
     optimizer.zero_grad()
     names, magnitudes = finite_watch.take(task.device)

@@ -11,9 +11,11 @@ from opensora_fast.conditions import (
     condition_frames,
     condition_tokens,
     draw_condition,
+    encoded_pieces,
     possible,
     reference_frames,
     sampling_condition,
+    stored_condition,
     training_condition,
 )
 from opensora_fast.errors import UserError
@@ -117,6 +119,24 @@ def test_the_non_causal_autoencoder_reuses_the_latent_for_videos_only():
     assert autoencoder.encoded == [(1, 3, 1, 4, 4)]
     assert torch.equal(reference[0, :, :8], latent[0, :, :8])
     assert (reference[1, :, 0] == video[1, 0, 0, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("causal", "frames"), [(True, 1), (True, 33), (True, 129), (False, 1), (False, 32), (False, 128)]
+)
+def test_pieces_that_were_encoded_before_give_the_same_condition(causal, frames):
+    autoencoder = MeanColour(causal)
+    names = [name for name in CONDITIONS if possible(name, frames, causal)]
+    video = ramp(len(names), frames)
+    latent = autoencoder.encode(video)
+    autoencoder.encoded.clear()
+    expected = training_condition(autoencoder, video, latent, names)
+    lengths = {shape[2] for shape in autoencoder.encoded}
+    pieces = encoded_pieces(CONDITIONS, autoencoder, frames)
+    assert {piece.frames for piece in pieces} == (lengths if frames > 1 else set())
+    references = {piece: autoencoder.encode(piece.of(video)) for piece in pieces}
+    for ours, theirs in zip(stored_condition(autoencoder, latent, names, references), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_images_are_given_nothing():

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from opensora_fast.conditions import encoded_pieces
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.kernels.context_parallel import ContextParallel, context_of
 from opensora_fast.kernels.flow_mix import velocity_loss
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.sequence_shards import axes, gather, shard
+from opensora_fast.train.cache_reader import EncodedBatch
 from opensora_fast.train.config import DiffusionRecipe
 from opensora_fast.train.diffusion import VelocityTask
 from opensora_fast.train.gradient_reduction import reduce_gradients
@@ -86,10 +88,29 @@ def batch(clips: int, size: tuple[int, int, int]) -> SimpleNamespace:
     video = torch.rand(clips, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
     names = [f"{number} rabbits" for number in range(clips)]
     fps = torch.full((clips,), 25.0)
-    return SimpleNamespace(video_BCTHW=video, text=names, paths=names, fps=fps, motion=[None] * clips)
+    motion = [None] * clips
+    return SimpleNamespace(video_BCTHW=video, text=names, paths=names, fps=fps, motion=motion, encoded=None)
 
 
-def step(here: ContextParallel | None, clips: int, size: tuple[int, int, int], steps: int):
+def stored_batch(clips: int, size: tuple[int, int, int]) -> SimpleNamespace:
+    """The same from a cache: no pixels."""
+    of, autoencoder, text = batch(clips, size), Cells(), Letters()
+    txt_BLD, vec_BD = text.encode([f"{name}. 25 FPS." for name in of.text])
+    null_txt_1LD, null_vec_1D = text.null()
+    pieces = encoded_pieces(CONDITIONS, autoencoder, size[0])
+    of.encoded = EncodedBatch(
+        latent_BCTHW=autoencoder.encode(of.video_BCTHW),
+        txt_BLD=txt_BLD,
+        vec_BD=vec_BD,
+        null_txt_1LD=null_txt_1LD,
+        null_vec_1D=null_vec_1D,
+        references={piece: autoencoder.encode(piece.of(of.video_BCTHW)) for piece in pieces},
+    )
+    of.video_BCTHW = of.video_BCTHW.to("meta")
+    return of
+
+
+def step(here: ContextParallel | None, clips: int, size: tuple[int, int, int], steps: int, batch=batch):
     """Loss, tokens and gradients of the last of some steps, held-out loss, and what was encoded here until then."""
     of = task(here)
     for number in range(steps):
@@ -104,6 +125,10 @@ def step(here: ContextParallel | None, clips: int, size: tuple[int, int, int], s
 
 def step_of_rank(ulysses: int, ring: int, clips: int, size: tuple[int, int, int], steps: int):
     return step(context(ulysses, ring), clips, size, steps)
+
+
+def stored_step_of_rank(ulysses: int, ring: int, clips: int, size: tuple[int, int, int], steps: int):
+    return step(context(ulysses, ring), clips, size, steps, stored_batch)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -127,6 +152,19 @@ def test_ranks_have_one_process_loss_and_gradients(ranks, mesh, clips, size):
                 assert not ours[2][name].any(), name
     for which in (0, 1):  # clips, prompts: as many as one process encodes, each by one rank
         assert sum(sum(encoded[which]) for *_, encoded in answers) == sum(alone[which])
+
+
+def test_a_stored_batch_gives_the_same_without_encoders(ranks):
+    loss, tokens, gradients, heldout, _ = step(None, 3, VIDEO, steps=2)
+    alone = step(None, 3, VIDEO, 2, stored_batch)
+    assert alone[0] == pytest.approx(loss, rel=1e-6)
+    assert (alone[1], alone[4]) == (tokens, ([], []))
+    for ours in ranks(2).run(f"{FILE}:stored_step_of_rank", 2, 1, 3, VIDEO, 2):
+        assert ours[0] == pytest.approx(loss, rel=1e-6)
+        assert ours[3] == pytest.approx(heldout, rel=1e-6)
+        assert ours[4] == ([], [])
+        for name, expected in gradients.items():
+            assert not expected.any() or relative(ours[2][name], expected) < 1e-5, name
 
 
 def encoders_of_rank(clips: int, steps: int):

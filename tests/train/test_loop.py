@@ -1,9 +1,12 @@
 """The loop, on a task small enough to see through."""
 
+import errno
+import gc
 import json
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opensora_fast.errors import UserError
-from opensora_fast.kernels import finite_watch
+from opensora_fast.kernels import extension, finite_watch
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import (
     AutoencoderRecipe,
@@ -47,6 +50,9 @@ class CountingLoader:
 
     def load_state_dict(self, state: dict) -> None:
         self.next = state["next"]
+
+    def close(self) -> None:
+        return
 
 
 class Regression:
@@ -89,7 +95,8 @@ def _recipe(steps: int = 9, **loop: int) -> AutoencoderRecipe:
 
 def _train(folder: Path, task: Regression, recipe: AutoencoderRecipe | None = None) -> bool:
     recipe = recipe or _recipe()
-    return train(task, recipe, RunFolder(folder, keep=3), CountingLoader(), [])
+    with closing(RunFolder(folder, keep=3)) as run:
+        return train(task, recipe, run, CountingLoader(), [])
 
 
 def _losses(folder: Path) -> list[tuple[str, int, float]]:
@@ -99,7 +106,8 @@ def _losses(folder: Path) -> list[tuple[str, int, float]]:
 def _state(folder: Path) -> dict[str, Tensor]:
     """The newest checkpoint's tensors."""
     state = MasterAdamW(Regression().model, _recipe().optimizer).state_dict()
-    assert RunFolder(folder, keep=3).restore(state, {}, lambda recipe: {})
+    with closing(RunFolder(folder, keep=3)) as run:
+        assert run.restore(state, {}, lambda recipe: {})
     return state
 
 
@@ -123,6 +131,41 @@ def test_a_run_cut_anywhere_has_the_losses_of_one_that_was_not(tmp_path: Path, k
         _train(tmp_path / "cut", Doomed())
     assert _train(tmp_path / "cut", Regression())
     assert _losses(tmp_path / "cut") == expected
+
+
+class FullAtFirst:
+    """A file system on which the first checkpoint's data find no room."""
+
+    def __init__(self) -> None:
+        self.files = extension.load().module.FileSystem()
+        self.saves = 0
+
+    def __getattr__(self, name: str) -> Callable:
+        return getattr(self.files, name)
+
+    def write_images(self, *args: object, **options: object) -> object:
+        self.saves += 1
+        if self.saves == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", "rank-0-1.bin")
+        return self.files.write_images(*args, **options)
+
+
+def test_a_checkpoint_that_fails_stops_the_run(tmp_path: Path) -> None:
+    refused = pytest.raises(UserError, match="step-2: not saved .No space left on device")
+    with closing(RunFolder(tmp_path, keep=3, files=FullAtFirst())) as run, refused:
+        train(Regression(), _recipe(), run, CountingLoader(), [])
+    assert not list(tmp_path.glob("step-2*"))
+    assert _train(tmp_path, Regression())
+    _train(tmp_path / "whole", Regression())
+    assert _losses(tmp_path) == _losses(tmp_path / "whole")
+
+
+def test_a_run_may_go_on_without_a_checkpoint(tmp_path: Path) -> None:
+    said: list[str] = []
+    with closing(RunFolder(tmp_path, 3, on_failure="go_on", files=FullAtFirst(), say=said.append)) as run:
+        assert train(Regression(), _recipe(), run, CountingLoader(), [])
+    assert ["No space left on device" in line for line in said if "not saved" in line] == [True]
+    assert (tmp_path / "LATEST").read_text() == "step-9"
 
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path: Path) -> None:
@@ -207,3 +250,25 @@ def test_no_two_ranks_or_steps_share_random_numbers() -> None:
     assert len(draws) == 200
     again = torch.rand((), generator=step_generator(42, 3, 49)).item()
     assert again in draws
+
+
+def test_the_collector_runs_at_fixed_steps_alone_and_the_loader_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+
+    class Watching(Regression):
+        def loss(self, batch: SimpleNamespace, generator: torch.Generator) -> tuple[Tensor, int]:
+            happened.append(f"step {batch.value + 1}, collector {'on' if gc.isenabled() else 'off'}")
+            return super().loss(batch, generator)
+
+    class Closing(CountingLoader):
+        def close(self) -> None:
+            happened.append("closed")
+
+    monkeypatch.setattr(gc, "collect", lambda: happened.append("collected"))
+    with closing(RunFolder(tmp_path / "run", keep=3)) as run:
+        assert train(Watching(), _recipe(steps=5, collect_every=2), run, Closing(), [])
+    steps = [f"step {step}, collector off" for step in range(1, 6)]
+    assert happened == ["collected", *steps[:2], "collected", *steps[2:4], "collected", steps[4], "closed"]
+    assert gc.isenabled()

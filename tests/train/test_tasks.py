@@ -60,7 +60,8 @@ def _task(stage: str, **changes) -> VelocityTask:
 def _batch(size: int) -> SimpleNamespace:
     video = torch.rand(size, 3, 16, 48, 80, generator=torch.Generator().manual_seed(1)) * 2 - 1
     fps = torch.full((size,), 25.0)
-    return SimpleNamespace(video_BCTHW=video, text=["a rabbit"] * size, fps=fps, motion=[None] * size)
+    text = ["a rabbit"] * size
+    return SimpleNamespace(video_BCTHW=video, text=text, fps=fps, motion=[None] * size, encoded=None)
 
 
 def test_the_velocity_loss_is_that_of_noise_minus_data_at_shifted_times() -> None:
