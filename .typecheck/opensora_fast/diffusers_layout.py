@@ -1,0 +1,1 @@
+../../opensora_fast/diffusers_layout.py

@@ -1,0 +1,1 @@
+../../opensora_fast/safetensors_file.py
