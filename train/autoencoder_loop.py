@@ -36,7 +36,12 @@ class ReconstructionTask:
 
     @staticmethod
     def architecture(recipe: dict) -> dict:
-        """The part of a recipe that a checkpoint's weights depend on; the latents' scale is measured after them."""
+        """The part of a recipe that a checkpoint's weights depend on; the latents' scale is measured after them.
+
+        Raises KeyError for a diffusion recipe, whose autoencoder is not what it trains.
+        """
+        if "model" in recipe:
+            raise KeyError("model")
         return {key: value for key, value in recipe["autoencoder"]["config"].items() if key != "scaling_factor"}
 
     def __init__(self, recipe: AutoencoderRecipe, model: VideoDCAE, device: torch.device) -> None:

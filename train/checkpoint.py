@@ -95,7 +95,7 @@ class RunFolder:
         self._queue = SaveQueue("checkpoints")
         self._lock = threading.Lock()
         self._published: Path | None = None
-        self._failure: UserError | None = None  # the first that was not told yet
+        self._failure: str | None = None  # the first that was not told yet
         self._lines: deque[str] = deque()  # to be said in the trainer's thread
         self._said: set[str] = set()
         # dcp.save would say it each time. Not set in its thread: all threads share the filters.
@@ -160,7 +160,7 @@ class RunFolder:
         if failure is None:
             return
         if self._on_failure == "stop":
-            raise failure
+            raise _ended_by(failure)
         self._say(f"{failure}; training goes on")
 
     def wait(self) -> Path | None:
@@ -172,7 +172,7 @@ class RunFolder:
         self._say_lines()
         failure = self._take_failure()
         if failure is not None:
-            raise failure
+            raise _ended_by(failure)
         return self._published
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class RunFolder:
         self._say_lines()
         failure = self._take_failure()
         if failure is not None:
-            self._say(str(failure))
+            self._say(failure)
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -234,10 +234,7 @@ class RunFolder:
         except BaseException as error:
             writer.abandon()
             self._planner.forget()
-            failure = UserError(
-                f"checkpoint {writer.final}: not saved ({reason(error)}): free space or mend the disk, then run the "
-                "same command to resume"
-            )
+            failure = f"checkpoint {writer.final}: not saved ({reason(error)}): free space or mend the disk"
             with self._lock:
                 self._failure = self._failure or failure
         else:
@@ -249,7 +246,7 @@ class RunFolder:
         finally:
             staged.release()
 
-    def _take_failure(self) -> UserError | None:
+    def _take_failure(self) -> str | None:
         with self._lock:
             failure, self._failure = self._failure, None
             return failure
@@ -339,6 +336,10 @@ class RunFolder:
             with self._changing(name) as path:
                 if path.exists():
                     self._files.remove_file(str(path))
+
+
+def _ended_by(failure: str) -> UserError:
+    return UserError(f"{failure}, then run the same command to resume")
 
 
 def _json(values: dict) -> bytes:

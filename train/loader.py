@@ -153,7 +153,7 @@ class ClipLoader:
         """Who decodes, with what and why, and into how much memory; one line."""
         kind = "pinned memory" if self._device.type == "cuda" else "memory"
         return (
-            f"{self._workers} worker{'s' * (self._workers > 1)} decode with {self._decoder.name} "
+            f"{self._workers} worker{' decodes' if self._workers == 1 else 's decode'} with {self._decoder.name} "
             f"({self._decoder.reason}) into {self._memory.shared.bytes / _MIB:.1f} MiB; batches are laid out in "
             f"{self._memory.pinned_bytes / _MIB:.1f} MiB of {kind}"
         )
