@@ -30,6 +30,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from opensora_fast.arguments import Parser
+from opensora_fast.checkpoint_folder import STEP_FOLDER, step_folders
 from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.errors import UserError
 from opensora_fast.kernels import extension
@@ -86,7 +87,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
 
         slowdowns = []
         memcpy = Memcpy(total)
-        run = RunFolder(folder / "ours", keep=1)
+        run = RunFolder(folder / "ours", keep=2 * rounds)  # what is removed is removed between the turns, as for all
         run.prepare(state)
         others = {"torch.save": _torch_save, "torch.distributed.checkpoint": _dcp_save}
         for number in range(rounds):
@@ -100,6 +101,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
             for name, save in others.items():
                 take("save", name, save(folder / name, state))
             progress.advance(task)
+        run.keep = 1  # now as in training: the one before goes too
         for number in range(rounds):
             slowdowns.append(_slowdown(run, rounds + number, state))
             progress.advance(task)
@@ -216,7 +218,15 @@ def _save_ours(run: RunFolder, step: int, state: State) -> tuple[float, float]:
     run.save(step, state, {}, {"name": "bench"})
     staged = time.perf_counter() - begun
     run.wait()
-    return staged, time.perf_counter() - begun
+    published = time.perf_counter() - begun
+    _remove_before(run, step)
+    return staged, published
+
+
+def _remove_before(run: RunFolder, step: int) -> None:
+    for folder in step_folders(run.path):
+        if folder.name != STEP_FOLDER.format(step):
+            shutil.rmtree(folder)
 
 
 def _torch_save(path: Path, state: State) -> float:
@@ -323,7 +333,7 @@ def _drop_from_page_cache(path: Path) -> None:
 
 
 def _load_ours(path: Path, state: State) -> None:
-    CheckpointReader(max(path.glob("step-*"), key=lambda folder: int(folder.name[5:]))).read(state)
+    CheckpointReader(step_folders(path)[-1]).read(state)
 
 
 def _load_dcp(path: Path, state: State) -> None:
