@@ -1,10 +1,11 @@
 """`opensora-fast bench checkpoint`: saving and loading a state on this disk, against other ways to do the same.
 
-All in one process and in turns: a save of ours, a copy of the state in memory with as many threads, `fio` with the same
-block size and depth, `torch.save` and PyTorch's distributed checkpoint (both synced to the disk, as ours is); then the
-same state read back cold. Between the two, how much a computing thread loses while a save goes on behind it.
+All in one process and in turns: a save of ours, a copy of the state (in memory with as many threads; from a GPU to one
+pinned block), `fio` with the same block size and depth, `torch.save` and PyTorch's distributed checkpoint (both synced
+to the disk, as ours is); then the same state read back cold. Between the two, how much a computing thread loses while
+a save goes on behind it.
 
-    opensora-fast bench checkpoint [--dir DIR] [--gib 4] [--rounds 5] [--out rows.jsonl] [--html FILE]
+    opensora-fast bench checkpoint [--device cuda] [--dir DIR] [--gib 4] [--rounds 5] [--out rows.jsonl] [--html FILE]
 """
 
 from __future__ import annotations
@@ -52,19 +53,22 @@ def main(argv: list[str]) -> int:
     """Returns 0 when all was measured, whatever the figures. Raises UserError for a place that cannot hold it."""
     parser = Parser(prog="opensora-fast bench checkpoint", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dir", type=Path, default=Path("runs"), help="a folder of the disk to measure (%(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the state is (%(default)s)")
     parser.add_argument("--gib", type=float, default=4.0, help="size of the state; thrice as much memory is needed")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each (%(default)s)")
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
     parser.add_argument("--html", type=Path, help="write a page with bars")
     options = parser.parse_args(argv)
-    if options.gib <= 0 or options.rounds < 2:
-        raise UserError(f"--gib {options.gib} --rounds {options.rounds}: use a size above 0 and two rounds or more")
+    if options.gib * 2**30 < CHUNK_BYTES or options.rounds < 2:
+        raise UserError(f"--gib {options.gib} --rounds {options.rounds}: use 0.02 and two rounds, or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible; leave it out")
     options.dir.mkdir(parents=True, exist_ok=True)
     needed = 3 * options.gib * 2**30
     if shutil.disk_usage(options.dir).free < needed:
         raise UserError(f"--dir {options.dir}: {needed / 2**30:.1f} GiB are needed there; free some or lower --gib")
     with tempfile.TemporaryDirectory(prefix="checkpoint-bench-", dir=options.dir) as folder:
-        rows = measure(Path(folder), int(options.gib * 2**30), options.rounds)
+        rows = measure(Path(folder), int(options.gib * 2**30), options.rounds, torch.device(options.device))
     note = (
         f"{options.gib:g} GiB of random tensors; medians of {options.rounds} rounds, in turns in one process; "
         "saves end when the disk has everything; loads begin with nothing in the page cache"
@@ -73,9 +77,9 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
-    """The rows of a state of about so many bytes, saved to and loaded from `folder`."""
-    state = random_state(num_bytes)
+def measure(folder: Path, num_bytes: int, rounds: int, device: torch.device) -> list[Row]:
+    """The rows of a state of about so many bytes on `device`, saved to and loaded from `folder`."""
+    state = random_state(num_bytes, device)
     total = sum(tensor.nbytes for tensor in state.values())
     checksums = checksums_of(state)
     with Progress(transient=True) as progress:
@@ -86,7 +90,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
             seconds.setdefault(case, {}).setdefault(provider, []).append(taken)
 
         slowdowns = []
-        memcpy = Memcpy(total)
+        copy: Memcpy | PinnedCopy = Memcpy(total) if device.type == "cpu" else PinnedCopy(total, device)
         run = RunFolder(folder / "ours", keep=2 * rounds)  # what is removed is removed between the turns, as for all
         run.prepare(state)
         others = {"torch.save": _torch_save, "torch.distributed.checkpoint": _dcp_save}
@@ -95,7 +99,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
             take("trainer blocked", "ours", stall)
             take("save", "ours", published)
             take("written behind it", "ours", published - stall)
-            take("trainer blocked", f"memcpy, {COPY_THREADS} threads", memcpy.seconds(state))
+            take("trainer blocked", copy.name, copy.seconds(state))
             if shutil.which("fio"):
                 take("written behind it", "fio", _fio(folder, total))
             for name, save in others.items():
@@ -106,7 +110,7 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
             slowdowns.append(_slowdown(run, rounds + number, state))
             progress.advance(task)
         run.close()
-        del memcpy
+        del copy
         for _ in range(rounds):
             take("load", "ours", _load(folder / "ours", state, _load_ours, checksums))
             take(
@@ -116,10 +120,12 @@ def measure(folder: Path, num_bytes: int, rounds: int) -> list[Row]:
             )
             take("load", "torch.load", _load(folder / "torch.save", state, _load_torch, {}))
             progress.advance(task)
-    return _rows(seconds, total, slowdowns)
+    return _rows(seconds, total, slowdowns, device)
 
 
-def _rows(seconds: dict[str, dict[str, list[float]]], total: int, slowdowns: list[float]) -> list[Row]:
+def _rows(
+    seconds: dict[str, dict[str, list[float]]], total: int, slowdowns: list[float], device: torch.device
+) -> list[Row]:
     machine = this_machine()
     timings = {case: {name: Timing.of(taken) for name, taken in of.items()} for case, of in seconds.items()}
 
@@ -131,12 +137,12 @@ def _rows(seconds: dict[str, dict[str, list[float]]], total: int, slowdowns: lis
     def claim(name: str, value: float, aim: float, *, at_most: bool = False) -> Claim:
         return Claim(name=name, value=value, aim=aim, at_most=at_most, unit="x")
 
-    memcpy = f"memcpy, {COPY_THREADS} threads"
+    (copy,) = timings["trainer blocked"].keys() - {"ours"}
     claims = {
         "trainer blocked": [
             claim(
-                "trainer blocked, in memcpys of the state",
-                1 / ratio("trainer blocked", "ours", memcpy),
+                "trainer blocked, in copies of the state",
+                1 / ratio("trainer blocked", "ours", copy),
                 1.1,
                 at_most=True,
             )
@@ -162,7 +168,7 @@ def _rows(seconds: dict[str, dict[str, list[float]]], total: int, slowdowns: lis
     rows = []
     for case, of in timings.items():
         for name, timing in of.items():
-            made = row(machine, "cpu", "checkpoint", case, name, timing, total)
+            made = row(machine, device.type, "checkpoint", case, name, timing, total)
             rows.append(with_claims(made, claims[case]) if name == "ours" else made)
     if "fio" not in timings["written behind it"]:
         missing = {**rows[0], "case": "written behind it", "provider": "fio", "status": "failed"}
@@ -170,14 +176,14 @@ def _rows(seconds: dict[str, dict[str, list[float]]], total: int, slowdowns: lis
     return rows
 
 
-def random_state(num_bytes: int) -> State:
+def random_state(num_bytes: int, device: torch.device) -> State:
     """Tensors of mixed sizes with random bytes in them, float32 as an optimiser's state is."""
     state: State = {}
     generator = torch.Generator().manual_seed(0)
     left = num_bytes
     while left >= 4:
         size = min(left, TENSOR_MIB[len(state) % len(TENSOR_MIB)] << 20)
-        state[f"model.{len(state)}"] = torch.rand(size // 4, generator=generator)
+        state[f"model.{len(state)}"] = torch.rand(size // 4, generator=generator).to(device)
         left -= size // 4 * 4
     return state
 
@@ -185,11 +191,17 @@ def random_state(num_bytes: int) -> State:
 def checksums_of(state: State) -> dict[str, int]:
     native = extension.load().module
     assert native is not None
-    return {name: native.crc32c(tensor.data_ptr(), tensor.nbytes) for name, tensor in state.items()}
+    checksums = {}
+    for name, tensor in state.items():
+        in_memory = tensor.cpu()
+        checksums[name] = native.crc32c(in_memory.data_ptr(), in_memory.nbytes)
+    return checksums
 
 
 class Memcpy:
     """The C library's memcpy of a state by several threads, into memory that is already there."""
+
+    name = f"memcpy, {COPY_THREADS} threads"
 
     def __init__(self, num_bytes: int) -> None:
         self._target = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -209,13 +221,36 @@ class Memcpy:
         return time.perf_counter() - begun
 
 
+class PinnedCopy:
+    """As many bytes from a CUDA device to one block of pinned memory: what the bus can do."""
+
+    name = "one copy to pinned memory"
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
+        self._target = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def seconds(self, state: State) -> float:
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        self._target.copy_(self._source, non_blocking=True)
+        torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+
 # Saves: seconds until the disk has everything.
 
 
 def _save_ours(run: RunFolder, step: int, state: State) -> tuple[float, float]:
-    """Seconds until the trainer goes on, and until the checkpoint is published."""
+    """Seconds until the state may change again, and until the checkpoint is published."""
+    cuda = torch.cuda.is_initialized()
+    if cuda:
+        torch.cuda.synchronize()
     begun = time.perf_counter()
     run.save(step, state, {}, {"name": "bench"})
+    if cuda:
+        run.order_update()
+        torch.cuda.current_stream().synchronize()
     staged = time.perf_counter() - begun
     run.wait()
     published = time.perf_counter() - begun
@@ -317,6 +352,8 @@ def _load(path: Path, state: State, load: Callable[[Path, State], None], checksu
             tensor.fill_(torch.nan)
     begun = time.perf_counter()
     load(path, state)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
     if checksums and checksums_of(state) != checksums:
         raise RuntimeError(f"{path}: what was loaded is not what was saved")
@@ -342,4 +379,4 @@ def _load_dcp(path: Path, state: State) -> None:
 
 
 def _load_torch(path: Path, state: State) -> None:
-    torch.load(path, mmap=False, weights_only=True)
+    torch.load(path, mmap=False, weights_only=True, map_location=next(iter(state.values())).device)

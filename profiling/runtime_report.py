@@ -39,10 +39,14 @@ class Claim:
     def met(self) -> bool:
         return self.value <= self.aim if self.at_most else self.value >= self.aim
 
+    def row(self) -> tuple[str, str, str]:
+        """What, measured, aim: a line of a table."""
+        side = "most" if self.at_most else "least"
+        return self.name, f"{self.value:.2g} {self.unit}", f"at {side} {self.aim:.2g} {self.unit}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.value:.3g} {self.unit} (aim: at {'most' if self.at_most else 'least'} {self.aim:.3g})"
-        )
+        name, measured, aim = self.row()
+        return f"{name}: {measured} (aim: {aim})"
 
 
 @dataclass(frozen=True)

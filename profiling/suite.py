@@ -10,11 +10,12 @@ stop the next. In this order, the most valuable first:
     time OP    bench, which checks every result once more; red rows for an op with a test that failed
     yardstick  copy and launch ceilings by CuPy, and native ops on CuPy's arrays
     sanitize   compute-sanitizer over the tests of the CUDA kernels
+    runtime    the runtime's tests on the GPU; saving and loading a state that lives there
     compile    the rows of torch.compile
     report     the table and the picture
 
-OUT holds rows.jsonl, summary.json, summary.txt, doctor.json, report.html and log.txt. The exit code is 1 when anything
-was red. `--device cpu` is the dry run: the same parts on the CPU, with tiny shapes and few tests.
+OUT holds rows.jsonl, runtime.jsonl, summary.json, summary.txt, doctor.json, report.html and log.txt. The exit code is 1
+when anything was red. `--device cpu` is the dry run: the same parts on the CPU, with tiny shapes and few tests.
 
 Standard library only, so that this process survives whatever is wrong with torch.
 """
@@ -53,7 +54,13 @@ OPS = (
 )
 PROVIDERS = "ours,eager,liger,quack,cudnn,fused,flash,triton,gluon"  # torch.compile is slow to start, and comes last
 CUDA_OPS = ("pixel_shuffle", "adamw")  # with a CUDA kernel of ours, which compute-sanitizer watches
-PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "compile", "report")
+RUNTIME_TESTS = (
+    "tests/train/test_host_memory.py",
+    "tests/train/test_staging.py",
+    "tests/train/test_checkpoint.py",
+    "tests/opensora_fast/test_checkpoint_reader.py",
+)
+PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "runtime", "compile", "report")
 # Seconds a process.
 LIMITS = {
     "build": 200,
@@ -62,12 +69,13 @@ LIMITS = {
     "time": 75,
     "yardstick": 40,
     "sanitize": 60,
+    "runtime": 90,
     "compile": 200,
     "report": 40,
 }
 LEAST_SECONDS = 5  # nothing is started for less
 VIEW = PROJECT / ".typecheck"  # the package as an import root, where nothing is installed
-NAMES = ("rows.jsonl", "summary.json", "summary.txt", "doctor.json", "report.html", "log.txt")
+NAMES = ("rows.jsonl", "runtime.jsonl", "summary.json", "summary.txt", "doctor.json", "report.html", "log.txt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,6 +318,17 @@ def sanitize(suite: Suite, ops: Sequence[str]) -> None:
         suite.add(suite.run(part, watched, limit=LIMITS["sanitize"]))
 
 
+def runtime(suite: Suite, ops: Sequence[str]) -> None:
+    """Pinned memory, staging and reading; then what a save costs the trainer, beside the bus."""
+    if not suite.dry:
+        tests = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *RUNTIME_TESTS)
+        suite.add(suite.run("test runtime", tests, limit=LIMITS["runtime"]))
+    size = ["--gib", "0.02", "--rounds", "2"] if suite.dry else ["--gib", "8", "--rounds", "3"]
+    command = python("-m", "opensora_fast.cli", "bench", "checkpoint", "--device", suite.device, *size)
+    command += ["--dir", str(suite.out), "--out", str(suite.out / "runtime.jsonl")]
+    suite.add(suite.run("time checkpoint", command, limit=LIMITS["runtime"]))
+
+
 def compiled(suite: Suite, ops: Sequence[str]) -> None:
     """torch.compile is slow to start: it comes last and is cut short where time is up; the rows so far are kept."""
     green = [op for op in ops if f"time {op}" not in suite.red()]
@@ -335,6 +354,7 @@ RUN: dict[str, Callable[[Suite, Sequence[str]], None]] = {
     "time": timing,
     "yardstick": yardstick,
     "sanitize": sanitize,
+    "runtime": runtime,
     "compile": compiled,
     "report": report,
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from opensora_fast.config import MMDIT_PRESETS
-from opensora_fast.profiling import context_timeline
+from opensora_fast.profiling import context_timeline, ledger, runtime_report
 from opensora_fast.profiling.block import SHAPES, table
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +73,16 @@ def test_figures_are_rows_of_the_ledger(dtype: str, row: str) -> None:
     assert float(figures[2]) == pytest.approx(seconds["eager"] / seconds["host"], abs=0.5)
     assert float(figures[3]) == pytest.approx(seconds["host"] / seconds["copy"], abs=0.05)
     assert device in line
+
+
+@pytest.mark.parametrize("op", ["checkpoint", "loader"])
+def test_the_table_of_the_runtime_is_in_the_ledger(op: str) -> None:
+    rows = [row for row in ledger.read(sorted((ROOT / "profiling" / "results").glob("cpu-*.jsonl"))) if row["op"] == op]
+    newest = {row["case"]: row for row in rows if row["provider"] == "ours"}
+    for claim in runtime_report.claims_of(list(newest.values())):
+        assert f"| {' | '.join(claim.row())} |" in README
+    for row in newest.values():
+        assert row["device"] in README
 
 
 def test_the_table_of_blocks_is_what_is_counted() -> None:

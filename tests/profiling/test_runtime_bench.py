@@ -53,7 +53,7 @@ def test_bad_options_are_one_line(words: list[str], named: str, capsys: pytest.C
 def test_a_missed_aim_is_told_as_one() -> None:
     claim = runtime_report.Claim(name="rate", value=0.5, aim=0.85, at_most=False, unit="x")
     assert not claim.met
-    assert str(claim) == "rate: 0.5 x (aim: at least 0.85)"
+    assert str(claim) == "rate: 0.5 x (aim: at least 0.85 x)"
 
 
 def test_the_table_compares_with_ours_of_the_same_case() -> None:
