@@ -22,7 +22,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
 from opensora_fast.kernels import (
@@ -38,6 +37,7 @@ from opensora_fast.kernels.cost import Cost
 from opensora_fast.profiling.block import KINDS
 from opensora_fast.profiling.console import print_table
 from opensora_fast.profiling.hardware import H200, Hardware
+from opensora_fast.profiling.page_template import page_template
 from opensora_fast.sequence_shards import shard_lengths
 
 RANKS = 4
@@ -366,19 +366,10 @@ def _ticks(highest: float) -> list[float]:
 
 def write_page(path: Path) -> None:
     """Write the page of all shapes, which refers to nothing outside itself."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["ms"] = _ms
-    environment.globals["gantt"] = gantt
     shapes = {name: views(shape) for name, shape in SHAPES.items()}
     tables = {name: rows(shown) for name, shown in shapes.items()}
-    page = environment.get_template("timeline.html").render(
-        ranks=RANKS, shapes=shapes, tables=tables, headings=HEADINGS, caption=CAPTION, sources=SOURCES
+    page = page_template("timeline.html", ms=_ms).render(
+        gantt=gantt, ranks=RANKS, shapes=shapes, tables=tables, headings=HEADINGS, caption=CAPTION, sources=SOURCES
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opensora_fast.config import VideoDCAEConfig, config_from_dict
 from opensora_fast.profiling.charts import Chart, run_charts
 from opensora_fast.profiling.clips import Clip, Reconstruction
 from opensora_fast.profiling.machine import Machine
+from opensora_fast.profiling.page_template import page_template
 from opensora_fast.profiling.runs import FIRST_STEPS, LAST_STEPS, Change, Run
 
 NO_FIGURE = "–"
@@ -50,16 +48,9 @@ def render_page(
     machine: Machine,
 ) -> str:
     """The page as one HTML document that refers to nothing outside itself. Text from files is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"figure": figure, "percent": percent, "duration": duration, "setting": setting}
     views = [_view(run, machine) for run in runs]
-    return environment.get_template("report.html").render(
+    template = page_template("report.html", figure=figure, percent=percent, duration=duration, setting=setting)
+    return template.render(
         title=title,
         views=views,
         on_cpu=any(view.device.startswith("CPU") for view in views),

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from opensora_fast.profiling import bench_report
 from opensora_fast.profiling.ledger import Row
+from opensora_fast.profiling.page_template import page_template
 from opensora_fast.profiling.svg_chart import Line, line_chart
 
 HEIGHT = 300
@@ -30,18 +29,11 @@ class Device:
 
 def write_page(rows: Sequence[Row], path: Path, *, title: str) -> None:
     """Write the page of these rows. Text from them is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = dict.fromkeys(row["device"] for row in rows)
     devices = [
         _device(name, [row for row in map(bench_report.modern, rows) if row["device"] == name]) for name in names
     ]
-    page = environment.get_template("bench.html").render(title=title, devices=devices, caption=bench_report.CAPTION)
+    page = page_template("bench.html").render(title=title, devices=devices, caption=bench_report.CAPTION)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from opensora_fast.profiling import ledger
 from opensora_fast.profiling.console import print_table
 from opensora_fast.profiling.ledger import Row
 from opensora_fast.profiling.machine import Machine
+from opensora_fast.profiling.page_template import page_template
 from opensora_fast.profiling.timing import Timing
 
 HEADINGS = ("case", "provider", "seconds", "p20 to p80", "GB/s", "time in ours")
@@ -130,19 +130,12 @@ def finish(
 
 def page(rows: Sequence[Row], *, title: str, note: str, charts: Sequence[Chart]) -> str:
     """The same as one HTML document: bars of equal scale within a case, the charts, the aims."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     cases: dict[str, list[tuple[Row, float]]] = {}
     timed = [of for of in rows if of["status"] == "timed"]
     for of in timed:
         longest = max(other["p50"] for other in timed if other["case"] == of["case"])
         cases.setdefault(of["case"], []).append((of, 100 * of["p50"] / longest))
-    return environment.get_template("runtime.html").render(
+    return page_template("runtime.html").render(
         title=title,
         device=rows[0]["device"],
         versions=f"torch {rows[0]['torch']}, commit {rows[0]['commit']}",
