@@ -120,18 +120,6 @@ py::buffer_info bytes_at(void* address, size_t bytes) {
     return {static_cast<uint8_t*>(address), static_cast<py::ssize_t>(bytes)};
 }
 
-// The system's refusals become OSError with its errno.
-template <class Body>
-auto with_os_error(Body&& body) {
-    try {
-        return body();
-    } catch (const std::system_error& error) {
-        errno = error.code().value();
-        PyErr_SetFromErrno(PyExc_OSError);
-        throw py::error_already_set();
-    }
-}
-
 // A call into Python that may come from any thread, without the interpreter lock, and from a destructor.
 std::function<void()> python_call(py::function function) {
     return [holder = std::shared_ptr<py::function>(new py::function(std::move(function)), [](py::function* kept) {
@@ -151,17 +139,13 @@ void bind_host_memory(py::module_& m) {
     using osf::HostMemory;
     py::class_<HostMemory, std::shared_ptr<HostMemory>>(m, "HostMemory", py::buffer_protocol())
         .def(py::init([](size_t bytes, bool shared, int threads) {
-                 return with_os_error([&] {
-                     py::gil_scoped_release unlocked;
-                     return std::make_shared<HostMemory>(bytes, shared, threads);
-                 });
+                 py::gil_scoped_release unlocked;
+                 return std::make_shared<HostMemory>(bytes, shared, threads);
              }),
              py::kw_only(), "bytes"_a, "shared"_a, "threads"_a)
         .def_static(
             "attach",
-            [](int descriptor, size_t bytes) {
-                return with_os_error([&] { return std::make_shared<HostMemory>(descriptor, bytes); });
-            },
+            [](int descriptor, size_t bytes) { return std::make_shared<HostMemory>(descriptor, bytes); },
             "descriptor"_a, "bytes"_a)
         .def_property_readonly("address", [](const HostMemory& memory) { return uintptr_of(memory.address()); })
         .def_property_readonly("bytes", &HostMemory::bytes)
@@ -242,8 +226,7 @@ void bind_collate(py::module_& m) {
             },
             "timeout"_a, "Whether the batch is complete within `timeout` seconds (None: waits for ever).");
     py::class_<Collator>(m, "Collator", "Threads that make batches [B, 3, T, H, W] of clips uint8 [T, h, w, 3].")
-        .def(py::init([](int threads) { return with_os_error([&] { return std::make_unique<Collator>(threads); }); }),
-             py::kw_only(), "threads"_a)
+        .def(py::init<int>(), py::kw_only(), "threads"_a)
         .def(
             "submit",
             [](Collator& collator, const std::vector<Clip>& clips, uintptr_t out, std::array<int, 3> thw,
@@ -270,8 +253,9 @@ py::str path_text(const std::string& path) {
 
 PyObject* corruption_type = nullptr;  // set by bind_files, kept for good
 
-// OSError(errno, reason, path), of the subclass that belongs to the errno; Corruption(message, path, offset).
-void translate_file_errors(std::exception_ptr error) {
+// The system's refusals become OSError(errno, reason, path where there is one), of the subclass that belongs to the
+// errno; damage becomes Corruption(message, path, offset).
+void translate_errors(std::exception_ptr error) {
     try {
         if (error) std::rethrow_exception(error);
     } catch (const osf::SystemError& refused) {
@@ -282,6 +266,9 @@ void translate_file_errors(std::exception_ptr error) {
     } catch (const osf::Corruption& damage) {
         const py::tuple arguments = py::make_tuple(damage.what(), path_text(damage.path), damage.offset);
         PyErr_SetObject(corruption_type, arguments.ptr());
+    } catch (const std::system_error& refused) {
+        errno = refused.code().value();
+        PyErr_SetFromErrno(PyExc_OSError);
     }
 }
 
@@ -325,7 +312,12 @@ osf::IoReport read_pieces(osf::SystemCalls& calls,
     std::vector<osf::ReadPiece> wanted;
     for (const auto& [file, offset, bytes, address] : pieces)
         wanted.push_back({file, offset, bytes, reinterpret_cast<char*>(address)});
-    return osf::read_pieces(calls, inputs, wanted, {chunk_bytes, depth, threads, engine, direct}, verify_all);
+    const auto answer_signals = [] {
+        py::gil_scoped_acquire lock;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+    return osf::read_pieces(calls, inputs, wanted, {chunk_bytes, depth, threads, engine, direct}, verify_all,
+                            answer_signals);
 }
 
 void write_file(osf::SystemCalls& calls, const Path& path, std::string_view content) {
@@ -356,7 +348,7 @@ void bind_files(py::module_& m) {
     corruption.attr("__doc__") =
         "A file that is not what it should be. args: a line for people, the path, the offset of the damage.";
     corruption_type = corruption.inc_ref().ptr();
-    py::register_local_exception_translator(translate_file_errors);
+    py::register_local_exception_translator(translate_errors);
 
     py::class_<osf::CallScript, std::shared_ptr<osf::CallScript>>(
         m, "CallScript",
@@ -400,7 +392,8 @@ void bind_files(py::module_& m) {
         .def("read_pieces", &read_pieces, Call(), "files"_a, "pieces"_a, py::kw_only(), "chunk_bytes"_a, "depth"_a = 4,
              "threads"_a = 2, "engine"_a = "auto", "direct"_a = true, "verify_all"_a = false,
              "Fills memory with pieces (file index, offset, bytes, address) of files (path, size, checksums of the "
-             "chunks or none) and verifies the chunks that they touch, or all. Raises Corruption.");
+             "chunks or none) and verifies the chunks that they touch, or all; with the address 0 a piece's chunks are "
+             "verified only. Raises Corruption. Ctrl-C ends it soon.");
 }
 
 py::dict build_info() {

@@ -22,7 +22,7 @@ namespace {
 struct Part {
     size_t skip;  // from the job's first byte
     size_t bytes;
-    char* data;
+    char* data;  // or null
 };
 
 // What is read of one chunk: all of it when it is verified, else what the parts span.
@@ -43,19 +43,18 @@ class Reader {
            const IoOptions& options, bool verify_all)
         : calls_(calls), files_(files), pieces_(pieces), options_(options), verify_all_(verify_all) {}
 
-    IoReport run() {
+    IoReport run(const std::function<void()>& poll) {
         options_.check();
         check_arguments();
-        const EngineChoice engine = choose_engine(options_.engine);
-        report_.engine = engine.name;
-        report_.fallback = engine.fallback;
         list_jobs();
         open_files();
         size_buffers();
 
-        const Crew crew = crew_for(engine, options_, jobs_.size());
+        const Crew crew = crew_for(options_, jobs_.size(), 1);
+        report_.engine = crew.engine;
+        report_.fallback = crew.fallback;
         JobQueue queue(jobs_.size());
-        run_threads(crew.threads, queue, [&] { work(queue, engine, crew.slots); });
+        run_threads(crew.threads, queue, [&](size_t thread) { work(queue, crew.slots, crew.ring(thread)); }, poll);
         queue.rethrow();
 
         report_.direct = options_.direct;
@@ -99,8 +98,8 @@ class Reader {
             for (uint64_t at = piece.offset; at < end;) {
                 const uint64_t chunk = at / options_.chunk_bytes;
                 const size_t bytes = std::min(end, (chunk + 1) * options_.chunk_bytes) - at;
-                touched[{piece.file, chunk}].push_back(
-                    {static_cast<size_t>(at), bytes, piece.data + (at - piece.offset)});
+                char* const data = piece.data == nullptr ? nullptr : piece.data + (at - piece.offset);
+                touched[{piece.file, chunk}].push_back({static_cast<size_t>(at), bytes, data});
                 at += bytes;
             }
         }
@@ -146,8 +145,8 @@ class Reader {
 
     static bool in_place(const Job& job, bool direct) {
         const auto aligned = [&](uint64_t value) { return !direct || value % kPage == 0; };
-        return job.parts.size() == 1 && job.parts[0].bytes == job.bytes && aligned(job.offset) && aligned(job.bytes) &&
-               aligned(reinterpret_cast<uintptr_t>(job.parts[0].data));
+        return job.parts.size() == 1 && job.parts[0].data != nullptr && job.parts[0].bytes == job.bytes &&
+               aligned(job.offset) && aligned(job.bytes) && aligned(reinterpret_cast<uintptr_t>(job.parts[0].data));
     }
 
     // The most that a job reads elsewhere than in place, with what direct I/O reads before and behind it.
@@ -157,7 +156,7 @@ class Reader {
                 buffer_bytes_ = std::max(buffer_bytes_, page_up(job.bytes) + 2 * kPage);
     }
 
-    void work(JobQueue& queue, const EngineChoice& choice, size_t slots) {
+    void work(JobQueue& queue, size_t slots, IoRing* ring) {
         const PageMemory memory(slots * buffer_bytes_);
         std::vector<Slot> all(slots);
         std::vector<Slot*> idle;
@@ -166,7 +165,7 @@ class Reader {
             idle.push_back(&all[i]);
         }
         // Last of all: it waits for what is in flight before the slots and their memory go.
-        const auto engine = make_engine(choice, calls_, slots, {memory.data(), memory.bytes()});
+        const auto engine = make_engine(calls_, ring, {memory.data(), memory.bytes()});
         while (true) {
             size_t job;
             while (!idle.empty() && queue.take(job)) {
@@ -218,7 +217,7 @@ class Reader {
                                  std::to_string(job.offset + job.bytes) + " do not match their checksum",
                              file.path, job.offset);
         for (const Part& part : job.parts)
-            if (part.data != data) memcpy(part.data, data + part.skip, part.bytes);
+            if (part.data != nullptr && part.data != data) memcpy(part.data, data + part.skip, part.bytes);
     }
 
     SystemCalls& calls_;
@@ -236,8 +235,8 @@ class Reader {
 }  // namespace
 
 IoReport read_pieces(SystemCalls& calls, const std::vector<InputFile>& files, const std::vector<ReadPiece>& pieces,
-                     const IoOptions& options, bool verify_all) {
-    return Reader(calls, files, pieces, options, verify_all).run();
+                     const IoOptions& options, bool verify_all, const std::function<void()>& poll) {
+    return Reader(calls, files, pieces, options, verify_all).run(poll);
 }
 
 }  // namespace osf

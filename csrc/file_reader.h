@@ -2,6 +2,7 @@
 #pragma once
 
 #include <exception>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,7 +21,7 @@ struct ReadPiece {
     size_t file;
     uint64_t offset;
     size_t bytes;
-    char* data;  // to fill
+    char* data;  // to fill, with nothing of another piece in it; null: the piece's chunks are read and verified only
 };
 
 // A file that is not what it should be: its path and the offset of the first byte (of the chunk) that is wrong.
@@ -41,7 +42,9 @@ class Corruption : public std::exception {
 // copies the pieces out; a piece that is a whole chunk in page-aligned memory is read in place. Files without checksums
 // are read as far as pieces reach. report.bytes counts what was read. Throws Corruption for a file of another size,
 // else for the first damage in the order of files and offsets, and SystemError; memory to fill then holds anything.
+// poll() is called now and then by the calling thread; what it throws ends the call soon and is thrown. Whatever is
+// thrown, nothing is written to memory any more.
 IoReport read_pieces(SystemCalls& calls, const std::vector<InputFile>& files, const std::vector<ReadPiece>& pieces,
-                     const IoOptions& options, bool verify_all);
+                     const IoOptions& options, bool verify_all, const std::function<void()>& poll = {});
 
 }  // namespace osf

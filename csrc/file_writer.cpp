@@ -15,6 +15,7 @@ namespace osf {
 namespace {
 
 constexpr size_t kMostPieces = 8;           // a chunk of more pieces is gathered into one
+constexpr size_t kMostTransfers = kMostPieces + 1;
 constexpr size_t kGatherStep = 256 * 1024;  // copied and summed while it is in the cache
 
 constexpr int kNicer = 15;  // a share of 3 % where others want the whole processor
@@ -72,15 +73,14 @@ class Writer {
 
     IoReport run() {
         options_.check();
-        const EngineChoice engine = choose_engine(options_.engine);
-        report_.engine = engine.name;
-        report_.fallback = engine.fallback;
         create_files();
         list_chunks();
 
-        const Crew crew = crew_for(engine, options_, chunks_.size());
+        const Crew crew = crew_for(options_, chunks_.size(), kMostTransfers);
+        report_.engine = crew.engine;
+        report_.fallback = crew.fallback;
         JobQueue queue(chunks_.size());
-        run_threads(crew.threads, queue, [&] { work(queue, engine, crew.slots); });
+        run_threads(crew.threads, queue, [&](size_t thread) { work(queue, crew.slots, crew.ring(thread)); }, {});
         queue.rethrow();
 
         report_.direct = options_.direct;
@@ -93,7 +93,7 @@ class Writer {
     struct Slot {
         const Chunk* chunk = nullptr;
         size_t transfers_left = 0;
-        Transfer transfers[kMostPieces + 1];
+        Transfer transfers[kMostTransfers];
         char* last_page = nullptr;
         char* gathered = nullptr;
     };
@@ -134,19 +134,20 @@ class Writer {
         }
     }
 
-    void work(JobQueue& queue, const EngineChoice& choice, size_t slots) {
+    void work(JobQueue& queue, size_t slots, IoRing* ring) {
         // Of this thread alone, on Linux. A save in the background leaves the processor to who computes.
         setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + kNicer);
         const PageMemory memory(slots * (kPage + gathered_bytes_));
+        const Span gathered{memory.data() + slots * kPage, slots * gathered_bytes_};
         std::vector<Slot> all(slots);
         std::vector<Slot*> idle;
         for (size_t i = 0; i < slots; ++i) {
             all[i].last_page = memory.data() + i * kPage;
-            all[i].gathered = memory.data() + slots * kPage + i * gathered_bytes_;
+            all[i].gathered = gathered.data + i * gathered_bytes_;
             idle.push_back(&all[i]);
         }
         // Last of all: it waits for what is in flight before the slots and their memory go.
-        const auto engine = make_engine(choice, calls_, slots * (kMostPieces + 1), {memory.data(), memory.bytes()});
+        const auto engine = make_engine(calls_, ring, gathered);
         while (true) {
             size_t job;
             while (!idle.empty() && queue.take(job)) {

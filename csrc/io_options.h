@@ -1,6 +1,7 @@
 // What reading and writing of many chunks have in common: how a caller wants it done, and how it was.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -30,10 +31,15 @@ struct IoReport {
 // Takes into the report whether this file was direct, and if not why.
 void note_direct(const OpenFile& file, IoReport& report);
 
-// The threads that share `jobs` chunks, and how many of them each keeps in flight. "pwrite" has a thread for each one.
+// The threads that share `jobs` chunks of at most `transfers` transfers each, how many chunks each keeps in flight, and
+// a ring for each. If one ring is refused there are none: "pwrite", with a thread for each chunk in flight.
 struct Crew {
+    std::string engine, fallback;  // as in the report
     size_t threads, slots;
+    std::vector<std::unique_ptr<IoRing>> rings;
+
+    IoRing* ring(size_t thread) const { return rings.empty() ? nullptr : rings[thread].get(); }
 };
-Crew crew_for(const EngineChoice& engine, const IoOptions& options, size_t jobs);
+Crew crew_for(const IoOptions& options, size_t jobs, size_t transfers);
 
 }  // namespace osf

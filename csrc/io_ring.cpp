@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "back_off.h"
 #include "page_memory.h"
 #include "system_calls.h"
 
@@ -51,9 +52,9 @@ std::string reason_of(int error) {
 IoRing::IoRing(unsigned operations) {
     io_uring_params params{};
     descriptor_ = static_cast<int>(syscall(__NR_io_uring_setup, operations, &params));
-    if (descriptor_ < 0) throw SystemError(errno, "io_uring_setup");
+    if (descriptor_ < 0) throw RingRefused(reason_of(errno));
     try {
-        if (!(params.features & IORING_FEAT_RW_CUR_POS)) throw SystemError(ENOTSUP, "io_uring before Linux 5.6");
+        if (!(params.features & IORING_FEAT_RW_CUR_POS)) throw RingRefused("the kernel is older than Linux 5.6");
         const auto& in = params.sq_off;
         const auto& out = params.cq_off;
         submissions_ = map(IORING_OFF_SQ_RING, in.array + params.sq_entries * sizeof(unsigned));
@@ -62,7 +63,6 @@ IoRing::IoRing(unsigned operations) {
         const auto number = [](const Mapping& mapping, unsigned offset) {
             return reinterpret_cast<unsigned*>(static_cast<char*>(mapping.address) + offset);
         };
-        submission_head_ = number(submissions_, in.head);
         submission_tail_ = number(submissions_, in.tail);
         submission_slots_ = number(submissions_, in.array);
         submission_mask_ = *number(submissions_, in.ring_mask);
@@ -81,8 +81,6 @@ IoRing::~IoRing() {
 }
 
 void IoRing::release() {
-    // Now: a close() leaves it for later.
-    syscall(__NR_io_uring_register, descriptor_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
     for (const Mapping& mapping : {submissions_, completions_, entries_})
         if (mapping.address != nullptr) munmap(mapping.address, mapping.bytes);
     close(descriptor_);
@@ -91,7 +89,7 @@ void IoRing::release() {
 IoRing::Mapping IoRing::map(uint64_t offset, size_t bytes) const {
     void* const address = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, descriptor_,
                                static_cast<off_t>(offset));
-    if (address == MAP_FAILED) throw SystemError(errno, "io_uring's memory");
+    if (address == MAP_FAILED) throw RingRefused(std::string("its memory: ") + strerror(errno));
     return {address, bytes};
 }
 
@@ -100,6 +98,10 @@ std::string IoRing::register_buffer(Span buffer) {
     if (syscall(__NR_io_uring_register, descriptor_, IORING_REGISTER_BUFFERS, &vector, 1) == 0) return "";
     if (errno == ENOMEM) return "the limit of locked memory (ulimit -l) is too low";
     return strerror(errno);
+}
+
+void IoRing::unregister_buffer() {
+    syscall(__NR_io_uring_register, descriptor_, IORING_UNREGISTER_BUFFERS, nullptr, 0);
 }
 
 void IoRing::submit(const Operation& operation) {
@@ -119,19 +121,22 @@ void IoRing::submit(const Operation& operation) {
     entry.user_data = reinterpret_cast<uintptr_t>(operation.owner);
     submission_slots_[slot] = slot;
     __atomic_store_n(submission_tail_, tail + 1, __ATOMIC_RELEASE);
-    // The kernel has taken it when it has moved the head.
-    while (__atomic_load_n(submission_head_, __ATOMIC_ACQUIRE) != tail + 1) {
-        if (enter(descriptor_, 1, 0, 0) >= 0 || errno == EINTR) continue;
-        if (errno != EAGAIN && errno != EBUSY) throw SystemError(errno, "io_uring_enter");
-        usleep(1000);  // the kernel is short of memory
+    BackOff back_off;
+    while (true) {
+        const int taken = enter(descriptor_, 1, 0, 0);
+        if (taken > 0) return;
+        const int error = taken < 0 ? errno : EAGAIN;
+        if (!back_off.again(error)) throw SystemError(error, "io_uring_enter");
     }
 }
 
 IoRing::Completion IoRing::wait() {
     const unsigned head = *completion_head_;
+    BackOff back_off;
     while (__atomic_load_n(completion_tail_, __ATOMIC_ACQUIRE) == head) {
-        if (enter(descriptor_, 0, 1, IORING_ENTER_GETEVENTS) < 0 && errno != EINTR && errno != EAGAIN)
-            throw SystemError(errno, "io_uring_enter");
+        if (enter(descriptor_, 0, 1, IORING_ENTER_GETEVENTS) >= 0) continue;
+        const int error = errno;
+        if (!back_off.again(error)) throw SystemError(error, "io_uring_enter");
     }
     const io_uring_cqe& entry = static_cast<io_uring_cqe*>(completion_entries_)[head & completion_mask_];
     const Completion completion{reinterpret_cast<void*>(static_cast<uintptr_t>(entry.user_data)), entry.res};
@@ -143,16 +148,18 @@ std::string io_uring_missing() {
     try {
         IoRing ring(1);
         return "";
-    } catch (const SystemError& error) {
-        return error.path == "io_uring_setup" ? reason_of(error.error) : error.what();
+    } catch (const RingRefused& refused) {
+        return refused.what();
     }
 }
 
 std::string registered_buffers_missing() {
-    const std::string missing = io_uring_missing();
-    if (!missing.empty()) return missing;
-    PageMemory memory(size_t{16} << 20);
-    return IoRing(1).register_buffer({memory.data(), memory.bytes()});
+    try {
+        const PageMemory memory(size_t{16} << 20);
+        return IoRing(1).register_buffer({memory.data(), memory.bytes()});
+    } catch (const RingRefused& refused) {
+        return refused.what();
+    }
 }
 #else
 namespace {
@@ -162,12 +169,13 @@ constexpr const char* kMissing = "it was built without <linux/io_uring.h> of Lin
 }  // namespace
 
 IoRing::IoRing(unsigned) {
-    throw SystemError(ENOSYS, "io_uring_setup");
+    throw RingRefused(kMissing);
 }
 IoRing::~IoRing() = default;
 std::string IoRing::register_buffer(Span) {
     return kMissing;
 }
+void IoRing::unregister_buffer() {}
 void IoRing::submit(const Operation&) {}
 IoRing::Completion IoRing::wait() {
     return {};

@@ -4,16 +4,8 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <stdexcept>
-
-#include "io_ring.h"
 
 namespace osf {
-namespace {
-
-constexpr int kMostRepeats = 100;  // of an attempt that the kernel has no room for
-
-}  // namespace
 
 TransferEngine::Attempt TransferEngine::start(Transfer& transfer) {
     const auto verdict = calls_.next(transfer.write ? CallScript::Kind::kWrite : CallScript::Kind::kRead);
@@ -38,9 +30,10 @@ bool TransferEngine::settle(Transfer& transfer, int64_t result) {
         file.drop_direct(kRefused);
         return false;
     }
-    if (result == -EINTR) return false;
-    if (result == -EAGAIN && ++transfer.repeats < kMostRepeats) return false;
-    if (result < 0) throw SystemError(static_cast<int>(-result), file.path);
+    if (result < 0) {
+        if (transfer.back_off.again(static_cast<int>(-result))) return false;
+        throw SystemError(static_cast<int>(-result), file.path);
+    }
 
     const size_t moved = std::min(static_cast<size_t>(result), transfer.limit);
     if (transfer.write && moved > 0)
@@ -89,8 +82,7 @@ namespace {
 // Keeps many transfers in an io_uring.
 class RingEngine : public TransferEngine {
   public:
-    RingEngine(SystemCalls& calls, size_t transfers, Span reused)
-        : TransferEngine(calls), ring_(static_cast<unsigned>(transfers)), reused_(reused) {
+    RingEngine(SystemCalls& calls, IoRing& ring, Span reused) : TransferEngine(calls), ring_(ring), reused_(reused) {
         if (reused.bytes > 0) registered_ = ring_.register_buffer(reused).empty();
     }
     ~RingEngine() override {
@@ -98,6 +90,7 @@ class RingEngine : public TransferEngine {
             ring_.wait();
             --in_flight_;
         }
+        if (registered_) ring_.unregister_buffer();
     }
 
     void submit(Transfer* transfer) override {
@@ -130,7 +123,7 @@ class RingEngine : public TransferEngine {
     }
 
   private:
-    IoRing ring_;
+    IoRing& ring_;
     const Span reused_;
     bool registered_ = false;
     std::deque<IoRing::Completion> not_made_;
@@ -139,18 +132,9 @@ class RingEngine : public TransferEngine {
 
 }  // namespace
 
-EngineChoice choose_engine(const std::string& asked) {
-    if (asked == "pwrite") return {"pwrite", ""};
-    if (asked != "auto" && asked != "io_uring")
-        throw std::invalid_argument("engine is " + asked + "; it must be auto, io_uring or pwrite");
-    const std::string reason = io_uring_missing();
-    return reason.empty() ? EngineChoice{"io_uring", ""} : EngineChoice{"pwrite", "no io_uring: " + reason};
-}
-
-std::unique_ptr<TransferEngine> make_engine(const EngineChoice& choice, SystemCalls& calls, size_t transfers,
-                                            Span reused) {
-    if (choice.name == "pwrite") return std::make_unique<SerialEngine>(calls);
-    return std::make_unique<RingEngine>(calls, transfers, reused);
+std::unique_ptr<TransferEngine> make_engine(SystemCalls& calls, IoRing* ring, Span reused) {
+    if (ring == nullptr) return std::make_unique<SerialEngine>(calls);
+    return std::make_unique<RingEngine>(calls, *ring, reused);
 }
 
 }  // namespace osf

@@ -5,9 +5,8 @@
 
 #include <deque>
 #include <memory>
-#include <string>
-#include <vector>
 
+#include "back_off.h"
 #include "io_ring.h"
 #include "system_calls.h"
 
@@ -27,7 +26,7 @@ struct Transfer {
     // Of the attempt under way.
     bool direct = false;
     size_t limit = 0;
-    int repeats = 0;
+    BackOff back_off;
 };
 
 class TransferEngine {
@@ -66,15 +65,8 @@ class SerialEngine : public TransferEngine {
     std::deque<Transfer*> complete_;
 };
 
-// How a call moves data: "auto", "io_uring" or "pwrite" as asked for, and what it came to.
-struct EngineChoice {
-    std::string name;      // "io_uring" or "pwrite"
-    std::string fallback;  // why it is not what was asked for, or ""
-};
-EngineChoice choose_engine(const std::string& asked);
-
-// `transfers` at most are submitted at a time; `reused` is memory of many transfers, to be registered with an io_uring.
-std::unique_ptr<TransferEngine> make_engine(const EngineChoice& choice, SystemCalls& calls, size_t transfers,
-                                            Span reused);
+// With the ring, which has room for all transfers that are submitted at a time; without one, a call after the other.
+// `reused` is memory of many transfers: it is registered with the ring while the engine lives.
+std::unique_ptr<TransferEngine> make_engine(SystemCalls& calls, IoRing* ring, Span reused);
 
 }  // namespace osf

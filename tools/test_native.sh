@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 pybind11=$(python -P -m pybind11 --cmakedir)
 [ $# -gt 0 ] || set -- plain thread address
+scratch=
+trap '[ -z "$scratch" ] || rm -rf "$scratch"' EXIT  # also when a test fails
 for kind in "$@"; do
   folder=build/native-tests-$kind
   [ "$kind" = plain ] && sanitize= || sanitize=$kind
@@ -19,5 +21,6 @@ for kind in "$@"; do
     scratch=$(mktemp -d "$folder/scratch-XXXXXX")
     setarch "$(uname -m)" -R "$test" "$scratch"
     rm -r "$scratch"
+    scratch=
   done
 done

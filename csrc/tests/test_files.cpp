@@ -1,5 +1,6 @@
 // The checkpoint files' native code, run in the folder that is given as the argument.
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -232,6 +233,113 @@ void test_trouble_at_every_call() {
         }
 }
 
+// The kernel lacks room for a moment, which passes, or for good, which is given up soon.
+void test_room_is_waited_for() {
+    for (const std::string& engine : engines())
+        for (const int error : {EAGAIN, EBUSY}) {
+            Case here("room");
+            here.keep({1});
+            const IoOptions options{kChunk, 3, 2, engine, true};
+            SystemCalls once(std::make_shared<CallScript>(false, 3, "fail", error, 4));
+            here.check_files(write_images(once, here.images, options));
+            if (error == EBUSY) continue;
+            here.remove_files();
+            SystemCalls for_good(std::make_shared<CallScript>(false, 3, "fail", error, INT64_MAX / 2));
+            try {
+                write_images(for_good, here.images, options);
+                CHECK(false);
+            } catch (const SystemError& refused) {
+                CHECK(refused.error == error && refused.path == here.images[0].path);
+            }
+        }
+}
+
+// The files may be opened, a ring (the second one) may not: descriptors are at their limit.
+void test_a_ring_that_is_refused() {
+    if (engines().size() == 1) return;
+    Case here("refused");
+    here.keep({0});
+    const IoOptions options{kChunk, 3, 2, "io_uring", true};
+    SystemCalls calls(nullptr);
+    rlimit before;
+    CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    const int lowest = dup(0);
+    close(lowest);
+    for (const rlim_t rings : {0, 1}) {
+        const rlimit tight{static_cast<rlim_t>(lowest) + 1 + rings, before.rlim_max};
+        CHECK(setrlimit(RLIMIT_NOFILE, &tight) == 0);
+        const IoReport written = write_images(calls, here.images, options);
+        const IoReport read = read_pieces(calls, here.inputs(written), {}, options, true);
+        CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+        for (const IoReport& report : {written, read})
+            CHECK(report.engine == "pwrite" && report.fallback == "no io_uring: Too many open files");
+        here.check_files(written);
+        here.remove_files();
+    }
+}
+
+// Pieces that only have their chunks verified, beside and on top of others, and nothing to read at all.
+void test_what_is_verified_only() {
+    for (const std::string& engine : engines()) {
+        Case here("verified");
+        here.keep({0, 1});
+        SystemCalls calls(nullptr);
+        const IoOptions options{kChunk, 4, 2, engine, true};
+        const IoReport report = write_images(calls, here.images, options);
+        std::vector<InputFile> files = here.inputs(report);
+        CHECK(read_pieces(calls, {}, {}, options, true).bytes == 0);
+        CHECK(read_pieces(calls, files, {}, options, false).bytes == 0);
+        CHECK(read_pieces(calls, files, {{0, 0, 0, nullptr}}, options, false).bytes == 0);
+        const PageMemory out(4 * kChunk);
+        std::vector<ReadPiece> pieces;
+        for (size_t chunk = 0; chunk < 4; ++chunk) pieces.push_back({1, chunk * kChunk, 1, nullptr});
+        pieces.push_back({0, kChunk - 1, 3 * kChunk + 2, nullptr});
+        pieces.push_back({0, kChunk, kChunk, out.data()});
+        pieces.push_back({0, kChunk, kChunk, out.data() + kChunk});  // the same bytes to another place
+        CHECK(read_pieces(calls, files, pieces, options, false).bytes == here.contents[1].size() + 5 * kChunk);
+        for (const size_t at : {size_t{0}, kChunk})
+            CHECK(memcmp(out.data() + at, here.contents[0].data() + kChunk, kChunk) == 0);
+        files[1].crc32c[3] ^= 1;
+        CHECK_THROWS(Corruption, read_pieces(calls, files, pieces, options, false));
+        pieces.erase(pieces.begin() + 3);
+        read_pieces(calls, files, pieces, options, false);
+        files[1].crc32c.clear();
+        CHECK(read_pieces(calls, files, {{1, 5, kChunk, nullptr}}, options, false).bytes == kChunk);
+    }
+}
+
+// What the poll throws comes out, when no thread is left that writes to the caller's memory.
+void test_a_read_is_interrupted() {
+    struct Interruption {};
+    for (const std::string& engine : engines()) {
+        Case here("interrupted");
+        here.keep({0});
+        SystemCalls calls(nullptr);
+        const IoOptions options{kPage, 4, 2, engine, true};
+        const IoReport report = write_images(calls, here.images, options);
+        const size_t descriptors = entries_in("/proc/self/fd");
+        const auto interrupt = [] { throw Interruption(); };
+        for (int i = 0; i < 50; ++i) {
+            const PageMemory out(5 * kChunk);
+            const std::vector<ReadPiece> piece{{0, 0, 5 * kChunk, out.data()}};
+            CHECK_THROWS(Interruption, read_pieces(calls, here.inputs(report), piece, options, false, interrupt));
+            CHECK(entries_in("/proc/self/fd") == descriptors);
+            const std::vector<char> left(out.data(), out.data() + out.bytes());
+            for (size_t at = 0; at < left.size(); at += kPage)  // whole chunks or nothing
+                CHECK(left[at] == here.contents[0][at] || left[at] == 0);
+            CHECK(memcmp(left.data(), out.data(), left.size()) == 0);
+        }
+        int polls = 0;
+        std::vector<char> out(5 * kChunk);
+        read_pieces(calls, here.inputs(report), {{0, 0, out.size(), out.data()}}, options, false, [&] { ++polls; });
+        CHECK(polls >= 1 && out == here.contents[0]);
+        // Damage that is found at the same time does not hide the interruption.
+        std::vector<InputFile> files = here.inputs(report);
+        for (uint32_t& sum : files[0].crc32c) sum ^= 1;
+        CHECK_THROWS(Interruption, read_pieces(calls, files, {}, options, true, interrupt));
+    }
+}
+
 void test_a_refusal_of_direct_io_is_told() {
     for (const std::string& engine : engines()) {
         const Case here("refusal");
@@ -355,6 +463,10 @@ int main(int count, char** arguments) {
     test_crc32c();
     test_round_trip();
     test_trouble_at_every_call();
+    test_room_is_waited_for();
+    test_a_ring_that_is_refused();
+    test_what_is_verified_only();
+    test_a_read_is_interrupted();
     test_a_refusal_of_direct_io_is_told();
     test_damage_is_found();
     test_arguments();

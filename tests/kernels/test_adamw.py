@@ -190,7 +190,7 @@ def test_without_gradients_and_decay_an_update_moves_by_momentum_alone(place):
 
 
 # More than one piece of a thread (32768 elements), and every remainder of a vector; pieces must not depend on threads.
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(size=st.integers(0, 70_000), offset=st.integers(0, 7))
 def test_threads_and_alignment_change_no_bit(size, offset):
     if adamw.missing_backends(torch.float32, "cpu")["host"]:

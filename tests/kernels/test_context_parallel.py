@@ -206,8 +206,8 @@ def problems(draw, streams=None):
 
 # A failure ends the world of ranks: it is shown as it was found, for every step of shrinking would start another.
 phases = (Phase.explicit, Phase.reuse, Phase.generate)
-few = settings(deadline=None, max_examples=20, phases=phases)
-many = settings(deadline=None, max_examples=300, phases=phases)
+few = settings(max_examples=20, phases=phases)
+many = settings(max_examples=300, phases=phases)
 any_shards = given(problem=problems(), agreed=st.booleans())
 any_streams = given(problem=st.integers(1, 2).flatmap(problems), agreed=st.booleans())
 

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -172,16 +173,26 @@ def run_in_a_child(native, code: str) -> str:
     return done.stdout
 
 
-def test_where_io_uring_is_forbidden_pwrite_is_used_and_the_reason_told(native, tmp_path):
-    code = f"""
-libc, no = ctypes.CDLL(None, use_errno=True), errno.EPERM
-# Load the call's number; is it io_uring_setup (425)? Then EPERM, else let it pass.
-steps = [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (0x06, 0, 0, 0x50000 | no), (0x06, 0, 0, 0x7FFF0000)]
+SETUP, REGISTER = 425, 427  # io_uring's calls
+REFUSE, KILL = 0x50000 | errno.EPERM, 0x80000000  # what seccomp may do
+
+
+def forbidding(call: int, verdict: int) -> str:
+    """A child's code that forbids itself a call of the kernel; where it may not, it prints null and ends."""
+    return f"""
+libc = ctypes.CDLL(None, use_errno=True)
+# Load the call's number; is it the one? Then the verdict, else let it pass.
+steps = [(0x20, 0, 0, 0), (0x15, 0, 1, {call}), (0x06, 0, 0, {verdict}), (0x06, 0, 0, 0x7FFF0000)]
 code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
 program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
 if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):  # no new privileges; seccomp filter
     print(json.dumps(None))
     sys.exit()
+"""
+
+
+def test_where_io_uring_is_forbidden_pwrite_is_used_and_the_reason_told(native, tmp_path):
+    code = f"""{forbidding(SETUP, REFUSE)}
 info = native.runtime_info()
 report = native.FileSystem().write_images([({str(tmp_path / "a")!r}, [])], chunk_bytes=4096, engine="io_uring")
 print(json.dumps([info["io_uring"], info["registered_buffers"], report.engine, report.fallback]))
@@ -195,6 +206,51 @@ print(json.dumps([info["io_uring"], info["registered_buffers"], report.engine, r
     assert (engine, fallback) == ("pwrite", f"no io_uring: {missing}")
     if not native.runtime_info()["io_uring"]:
         assert "security policy" in missing
+
+
+@pytest.mark.parametrize(("start", "status"), [(0, 0), (1, signal.SIGSYS)])
+def test_only_buffers_that_are_reused_are_registered(native, tmp_path, start, status):
+    """Pages are written from where they are: nothing is registered. What is gathered passes through buffers."""
+    if native.runtime_info()["io_uring"]:
+        pytest.skip(f"no io_uring: {native.runtime_info()['io_uring']}")
+    code = f"""{forbidding(REGISTER, KILL)}
+from test_files import PAGE, Memory
+memory = Memory(8 * PAGE)
+child = os.fork()
+if child == 0:
+    native.FileSystem().write_images([({str(tmp_path / "a")!r}, [memory.at({start}, 7 * PAGE)])], chunk_bytes=2 * PAGE)
+    os._exit(0)
+print(os.waitpid(child, 0)[1] & 0x7F)
+"""
+    said = json.loads(run_in_a_child(native, code))
+    if said is None:
+        pytest.skip("a process here may not restrict itself (seccomp)")
+    assert said == status
+
+
+def test_a_read_answers_ctrl_c(native, engine, tmp_path):
+    """SIGINT once the read has begun: it ends long before the file does, and none of its threads is left."""
+    chunk, chunks = 2**22, 2**14
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        file.truncate(chunk * chunks)
+    code = f"""
+import signal, threading
+script = native.CallScript()
+def interrupt():
+    while script.count < 10:
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt).start()
+try:
+    native.FileSystem(script).read_pieces(
+        [({str(path)!r}, {chunk * chunks}, [])], [(0, 0, {chunk * chunks}, 0)], chunk_bytes={chunk}, engine={engine!r}
+    )
+    print("not answered")
+except KeyboardInterrupt:
+    print(script.count)
+"""
+    assert 10 <= int(run_in_a_child(native, code)) < chunks / 2
 
 
 def test_a_file_system_without_preallocation(native, engine, tmp_path):
@@ -383,6 +439,12 @@ def test_only_touched_chunks_are_read_and_verified(native, engine, tmp_path):
     assert ctypes.string_at(out.address, 3 * PAGE) == content([memory.at(chunk + 5, 3 * PAGE)])
     with pytest.raises(native.Corruption, match="bytes 0 to 8192"):
         files.read_pieces([(path, 8 * PAGE, sums)], [(0, 0, 1, out.address)], **options)
+    with pytest.raises(native.Corruption, match="bytes 0 to 8192"):
+        files.read_pieces([(path, 8 * PAGE, sums)], [(0, 7, 1, 0)], **options)
+    before = out.view.tobytes()
+    verified = [(0, chunk, 1, 0), (0, 3 * chunk - 1, 2, 0)]  # at the address 0: not copied
+    assert files.read_pieces([(path, 8 * PAGE, sums)], verified, **options).bytes == 3 * chunk
+    assert out.view.tobytes() == before
     report = files.read_pieces([(path, 8 * PAGE, [])], [(0, 3, 9, out.address)], **options)
     assert report.bytes == 9
     assert ctypes.string_at(out.address, 5) == b"aged!"
