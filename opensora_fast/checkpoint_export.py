@@ -29,8 +29,8 @@ from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.diffusers_layout import diffusers_config, diffusers_parts, to_diffusers
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import native
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.native import native
 from opensora_fast.released import StateDict, to_released
 from opensora_fast.safetensors_file import TensorSpec, write_file, write_json, write_shards
 

@@ -10,11 +10,12 @@ The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
@@ -26,12 +27,19 @@ from opensora_fast.released import load_released_dc_ae, read_weights
 from opensora_fast.text import TextEncoders
 
 STEP_FOLDER = "step-{}"
+_STEP_RULE = re.compile(r"step-(0|[1-9][0-9]*)")
 Weights = Literal["ema", "model"]
+
+
+def step_of(folder: Path) -> int | None:
+    """The step whose checkpoint has this name when it is published; None for other names."""
+    match = _STEP_RULE.fullmatch(folder.name)
+    return int(match[1]) if match else None
 
 
 def step_folders(run: Path) -> list[Path]:
     """The published checkpoints of a run, oldest first."""
-    found = [(int(path.name[5:]), path) for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    found = [(step, path) for path in run.glob("step-*") if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found)]
 
 
@@ -52,21 +60,17 @@ def read_recipe(step_folder: Path) -> dict:
     return read_manifest(step_folder).recipe
 
 
-def read_tensors(step_folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors` in place. Raises UserError naming what the checkpoint lacks, or what of it is damaged."""
-    CheckpointReader(step_folder).read(tensors)
-
-
 def load_mmdit(step_folder: Path, weights: Weights | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
     """The transformer of a checkpoint, for evaluation. `weights` None takes the moving average if there is one."""
-    recipe = read_recipe(step_folder)
+    reader = CheckpointReader(step_folder)
+    recipe = reader.manifest.recipe
     if "model" not in recipe:
         raise UserError(
             f"checkpoint {step_folder} (recipe {recipe.get('name')}) holds no transformer: name a diffusion run"
         )
     with torch.device("meta"):
         model = MMDiT(config_from_dict(MMDiTConfig, recipe["model"]))
-    _fill(model, step_folder, weights)
+    _fill(model, reader, weights)
     return model.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -81,7 +85,8 @@ def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) ->
         model = load_released_dc_ae(read_weights(path), section["config"])
     else:
         step_folder = find_checkpoint(path)
-        recipe = read_recipe(step_folder)
+        reader = CheckpointReader(step_folder)
+        recipe = reader.manifest.recipe
         if "model" in recipe or "autoencoder" not in recipe:
             raise UserError(
                 f"checkpoint {step_folder} (recipe {recipe.get('name')}) holds no autoencoder: name an autoencoder run"
@@ -91,7 +96,7 @@ def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) ->
             raise UserError(f"checkpoint {step_folder} is of an unfinished autoencoder run: train it to its last step")
         with torch.device("meta"):
             model = VideoDCAE(config)
-        _fill(model, step_folder, None)
+        _fill(model, reader, None)
     return model.to(device, dtype).channels_last().eval().requires_grad_(False)
 
 
@@ -107,9 +112,9 @@ def load_text_encoders(section: dict, device: torch.device, dtype: torch.dtype) 
     )
 
 
-def _fill(model: nn.Module, step_folder: Path, weights: Weights | None) -> None:
+def _fill(model: nn.Module, reader: CheckpointReader, weights: Weights | None) -> None:
     """Give a model on the meta device its weights, in host memory."""
     if weights is None:
-        weights = "ema" if any(name.startswith("ema.") for name in read_manifest(step_folder).tensors) else "model"
+        weights = "ema" if any(name.startswith("ema.") for name in reader.manifest.tensors) else "model"
     model.to_empty(device="cpu")
-    read_tensors(step_folder, {f"{weights}.{name}": tensor.detach() for name, tensor in model.state_dict().items()})
+    reader.read({f"{weights}.{name}": tensor.detach() for name, tensor in model.state_dict().items()})

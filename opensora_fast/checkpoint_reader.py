@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,26 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import Manifest, Piece, native, read_manifest
+from opensora_fast.manifest import (
+    CheckpointError,
+    DamagedError,
+    FileRecord,
+    Manifest,
+    Piece,
+    is_lost,
+    read_manifest,
+)
+from opensora_fast.native import native
 
 FileSystem = Any  # _C.FileSystem, which has no Python declaration
 
+PAGE = 4096
 _SLOT_CHUNKS = 4  # bytes of a slot, in chunks
-_PAGE = 4096
+_FILES_AT_ONCE = 64  # that are open; a process may often have 1,024
+
+
+class MisfitError(CheckpointError):
+    """The checkpoint is whole, and has not the tensors that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,8 @@ class CheckpointReader:
         """Fill tensors in place, each a whole one of the checkpoint; another dtype than the stored one is converted to.
 
         whole: also check the chunks that hold nothing of these tensors.
-        Raises UserError naming what the checkpoint lacks, or the file and the bytes that are damaged.
+        Raises MisfitError naming what the checkpoint lacks, DamagedError naming the file and the bytes that are
+        damaged, and UserError with the system's reason when it cannot be read now.
         """
         self.check_fit(tensors)
         requests = []
@@ -94,19 +109,17 @@ class CheckpointReader:
         self.fill(requests, whole=whole)
 
     def check_fit(self, tensors: dict[str, Tensor]) -> None:
-        """Raises UserError when one of the tensors is not in the checkpoint, or has another shape there."""
+        """Raises MisfitError when one of the tensors is not in the checkpoint, or has another shape there."""
         stored = self.manifest.tensors
         missing = sorted(tensors.keys() - stored.keys())
         if missing:
-            raise UserError(
-                f"checkpoint {self.step_folder} lacks {len(missing)} tensors, {missing[0]} among them: another "
-                "architecture"
-            )
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise MisfitError(f"checkpoint {self.step_folder} lacks {missing[0]}{more}")
         for name, tensor in tensors.items():
             if stored[name].shape != tuple(tensor.shape):
-                raise UserError(
-                    f"checkpoint {self.step_folder}: {name} is {stored[name].shape}, the model's is "
-                    f"{tuple(tensor.shape)}: another architecture"
+                raise MisfitError(
+                    f"checkpoint {self.step_folder} is of another architecture: {name} is {stored[name].shape}, "
+                    f"{tuple(tensor.shape)} is asked for"
                 )
 
     def verify(self, on_file: Callable[[str], None] | None = None) -> list[str]:
@@ -119,7 +132,9 @@ class CheckpointReader:
             if on_file is not None:
                 on_file(file.name)
             try:
-                self._read_pieces([], only=index, verify_all=True)
+                self._read_pieces([], verify=[index])
+            except DamagedError as error:
+                problems.append(error.problem)
             except UserError as error:
                 problems.append(str(error))
         return problems
@@ -138,9 +153,8 @@ class CheckpointReader:
         """Read what was requested. Raises UserError as `read`."""
         direct = [request for request in requests if request.direct]
         pieces = [(request.file, request.start, request.bytes, request.target.data_ptr()) for request in direct]
-        seen = torch.empty(1, dtype=torch.uint8)
         if whole:
-            pieces += [(file, offset, 1, seen.data_ptr()) for file, offset in self._untouched(requests)]
+            pieces += [(file, offset, 1, 0) for file, offset in self._untouched(requests)]  # at 0: verified only
         self._read_pieces(pieces)
         self._fill_through_slots([request for request in requests if not request.direct])
 
@@ -149,36 +163,39 @@ class CheckpointReader:
             return
         slot_bytes = _SLOT_CHUNKS * self.manifest.chunk_bytes
         batches = list(_batches(requests, slot_bytes, self.manifest.chunk_bytes))
-        largest = max(sum(_paged(part.bytes) for part in batch) for batch in batches)
+        largest = max(sum(paged(part.bytes) for part in batch) for batch in batches)
         device = next((request.target.device for request in requests if request.target.device.type == "cuda"), None)
         slots = [
-            torch.empty(largest + _PAGE, dtype=torch.uint8, pin_memory=device is not None)
+            torch.empty(largest + PAGE, dtype=torch.uint8, pin_memory=device is not None)
             for _ in range(min(2, len(batches)))
         ]
         stream = torch.cuda.Stream(device) if device else None
         emptied: list[torch.cuda.Event | None] = [None] * len(slots)
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
-        for number, batch in enumerate(batches):
-            turn = number % len(slots)
-            if (event := emptied[turn]) is not None:
-                event.synchronize()
-            slot, place, pieces, views = slots[turn], -slots[turn].data_ptr() % _PAGE, [], []
-            for part in batch:
-                view = slot[place : place + part.bytes]
-                pieces.append((part.file, part.start, part.bytes, view.data_ptr()))
-                views.append(view.view(part.dtype).view(part.rows))
-                place += _paged(part.bytes)
-            self._read_pieces(pieces)
-            with torch.cuda.stream(stream):
-                for part, view in zip(batch, views, strict=True):
-                    for dimension, offset in enumerate(part.offsets, start=1):
-                        view = view.narrow(dimension, offset, part.target.shape[dimension])
-                    part.target.copy_(view, non_blocking=True)
+        try:
+            for number, batch in enumerate(batches):
+                turn = number % len(slots)
+                if (event := emptied[turn]) is not None:
+                    event.synchronize()
+                slot, place, pieces, views = slots[turn], -slots[turn].data_ptr() % PAGE, [], []
+                for part in batch:
+                    view = slot[place : place + part.bytes]
+                    pieces.append((part.file, part.start, part.bytes, view.data_ptr()))
+                    views.append(view.view(part.dtype).view(part.rows))
+                    place += paged(part.bytes)
+                self._read_pieces(pieces)
+                with torch.cuda.stream(stream):
+                    for part, view in zip(batch, views, strict=True):
+                        for dimension, offset in enumerate(part.offsets, start=1):
+                            view = view.narrow(dimension, offset, part.target.shape[dimension])
+                        part.target.copy_(view, non_blocking=True)
+                if stream is not None:
+                    emptied[turn] = event = torch.cuda.Event(blocking=True)
+                    event.record(stream)
+        finally:  # before the slots are given back, and what else fills these tensors after a failure
             if stream is not None:
-                emptied[turn] = stream.record_event()
-        if stream is not None:
-            stream.synchronize()  # before the slots are given back
+                stream.synchronize()
 
     def _untouched(self, requests: list[Request]) -> Iterator[tuple[int, int]]:
         """File and first byte of each chunk that no request reads."""
@@ -194,31 +211,47 @@ class CheckpointReader:
                 if (index, number) not in touched:
                     yield index, number * chunk
 
-    def _read_pieces(
-        self, pieces: list[tuple[int, int, int, int]], *, only: int | None = None, verify_all: bool = False
+    def _read_pieces(self, pieces: list[tuple[int, int, int, int]], *, verify: Sequence[int] = ()) -> None:
+        """Fill memory with pieces (file, offset, bytes, address); of the files `verify`, check all there is."""
+        by_file: dict[int, list[tuple[int, int, int]]] = {index: [] for index in verify}
+        for file, start, bytes, address in pieces:
+            by_file.setdefault(file, []).append((start, bytes, address))
+        indices = sorted(by_file)
+        for first in range(0, len(indices), _FILES_AT_ONCE):
+            group = indices[first : first + _FILES_AT_ONCE]
+            of_group = [(number, *piece) for number, index in enumerate(group) for piece in by_file[index]]
+            records = [self.manifest.files[index] for index in group]
+            self._read_files(records, of_group, verify_all=bool(verify))
+
+    def _read_files(
+        self, records: list[FileRecord], pieces: list[tuple[int, int, int, int]], *, verify_all: bool
     ) -> None:
         corruption = native().Corruption
-        records = self.manifest.files if only is None else self.manifest.files[only : only + 1]
         files = [(str(self.step_folder / file.name), file.bytes, list(file.crc32c)) for file in records]
         try:
             self._files.read_pieces(
                 files, pieces, chunk_bytes=self.manifest.chunk_bytes, threads=_threads(), verify_all=verify_all
             )
         except corruption as error:
-            raise UserError(f"{self.step_folder}: {error.args[0]}") from error
+            raise DamagedError(f"{self.step_folder}: {error.args[0]}") from error
         except OSError as error:
-            name = Path(error.filename).name if error.filename else "its files"
-            raise UserError(f"{self.step_folder}: {name} cannot be read ({error.strerror})") from error
+            what = str(error.filename or "its files").removeprefix(f"{self.step_folder}/")
+            if is_lost(error):
+                raise DamagedError(f"{self.step_folder}: {what} cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"checkpoint {self.step_folder} cannot be read now ({error.strerror}: {what}): mend that, then run "
+                "again"
+            ) from error
 
 
 class VerifiedReader(StorageReader):
-    """Beneath `torch.distributed.checkpoint.load`, on any number of ranks. Raises ManifestError as CheckpointReader."""
+    """Beneath `torch.distributed.checkpoint.load`, on any number of ranks: each reads its part with `reader`."""
 
-    def __init__(self, step_folder: Path, *, files: FileSystem | None = None) -> None:
-        self._reader = CheckpointReader(step_folder, files=files)
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """The folder is the one that the reader was made for."""
+        """The checkpoint is that of the reader."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         described: dict[str, STORAGE_TYPES] = {}
@@ -270,11 +303,11 @@ def _batches(requests: list[Request], slot_bytes: int, chunk_bytes: int) -> Iter
     room = slot_bytes
     for request in sorted(requests, key=lambda request: (request.file, request.start)):
         for part in _cut(request, room, slot_bytes, chunk_bytes):
-            if batch and _paged(part.bytes) > room:
+            if batch and paged(part.bytes) > room:
                 yield batch
                 batch, room = [], slot_bytes
             batch.append(part)
-            room -= _paged(part.bytes)
+            room -= paged(part.bytes)
     if batch:
         yield batch
 
@@ -299,8 +332,9 @@ def _cut(request: Request, room: int, slot_bytes: int, chunk_bytes: int) -> Iter
         room = slot_bytes
 
 
-def _paged(bytes: int) -> int:
-    return -(-bytes // _PAGE) * _PAGE
+def paged(bytes: int) -> int:
+    """Bytes of the pages that hold as many."""
+    return -(-bytes // PAGE) * PAGE
 
 
 def _threads() -> int:

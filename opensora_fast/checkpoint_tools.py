@@ -7,7 +7,6 @@ DIR is a run of `opensora-fast train`, or one step-N of it. Nothing here needs a
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +19,10 @@ from rich.table import Table
 
 from opensora_fast.arguments import Parser
 from opensora_fast.checkpoint_export import RELEASED_LAYOUT, check_out, plan_export
-from opensora_fast.checkpoint_folder import find_checkpoint, step_folders
+from opensora_fast.checkpoint_folder import find_checkpoint, step_folders, step_of
 from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import FORMAT, MANIFEST, Manifest, ManifestError, read_manifest
+from opensora_fast.manifest import FORMAT, MANIFEST, DamagedError, Manifest, ManifestError, read_manifest
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_GIB = 5.0
@@ -82,8 +81,10 @@ def _inspect(options: argparse.Namespace) -> int:
             try:
                 manifest = read_manifest(folder)
                 table.add_row(folder.name, str(manifest.step), str(len(manifest.files)), _size(_bytes(manifest)))
+            except DamagedError as error:
+                table.add_row(folder.name, "damaged: " + escape(error.problem.removeprefix(f"{folder}/")))
             except ManifestError as error:
-                table.add_row(folder.name, "damaged: " + escape(str(error).removeprefix(f"{folder}/")))
+                table.add_row(folder.name, escape(str(error).removeprefix(f"{folder}/")))
         Console().print(table)
         _print_notes(options.folder, folders)
     _print_contents(folders[-1], read_manifest(folders[-1]), list_tensors=options.tensors)
@@ -128,6 +129,8 @@ def _problems(folder: Path) -> tuple[list[str], str]:
     """What is wrong with a checkpoint, a line each; and its size, in words."""
     try:
         reader = CheckpointReader(folder)
+    except DamagedError as error:
+        return [error.problem], ""
     except ManifestError as error:
         return [str(error)], ""
     files = reader.manifest.files
@@ -180,7 +183,7 @@ def _checkpoints(path: Path) -> list[Path]:
     """The published checkpoints that `path` stands for, oldest first. Raises UserError when there is none."""
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: no such folder; name a run or one of its step-N folders")
-    if re.fullmatch(r"step-\d+", path.name) or (path / MANIFEST).is_file():
+    if step_of(path) is not None or (path / MANIFEST).is_file():
         return [path]
     folders = step_folders(path)
     if not folders:

@@ -14,25 +14,25 @@ a file. The pieces of a tensor cover it and do not overlap. Data files are rank-
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from opensora_fast.errors import UserError
-from opensora_fast.kernels import extension
+from opensora_fast.native import native
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILE_NAME = "rank-{}-{}.bin"
-_NAME_RULE = re.compile(r"rank-[0-9]{1,9}-[0-9]{1,9}\.bin")
+FILE_RULE = re.compile(r"rank-([0-9]{1,9})-([0-9]{1,9})\.bin")
 _CHECKSUM_PAIR = re.compile(rb'\{"crc32c": "([0-9a-f]{8})", ')
 _HEX = re.compile(r"[0-9a-f]{8}")
 _LARGEST = 2**63 - 1
@@ -48,8 +48,31 @@ _DTYPES = {
 }
 
 
+# The system's words for what is gone or broken on the disk. Others (no permission, no descriptors) may pass.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.EUCLEAN, errno.EBADMSG)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is of no use to whoever asked. `problem` is the message without its remedy."""
+
+    @property
+    def problem(self) -> str:
+        return self.args[0]
+
+    def __str__(self) -> str:
+        return f"{self.problem}: name another checkpoint"
+
+
+class DamagedError(CheckpointError):
+    """Some of the checkpoint is gone, or not what was written."""
+
+
 class ManifestError(UserError):
     """The manifest cannot be read, is damaged, or has a newer format."""
+
+
+class DamagedManifestError(ManifestError, DamagedError):
+    """The manifest is gone, or not what was written."""
 
 
 class NewerFormatError(ManifestError):
@@ -140,8 +163,16 @@ def read_manifest(step_folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ManifestError(f"{path}: not readable ({error.strerror}); name another checkpoint") from error
+        problem = f"{path}: not readable ({error.strerror})"
+        if is_lost(error):
+            raise DamagedManifestError(problem) from error
+        raise ManifestError(f"{problem}: mend that, then run again") from error
     return parse_manifest(content, path)
+
+
+def is_lost(error: OSError) -> bool:
+    """Whether the system says that what it was asked for is gone or broken; if not, it may be read another time."""
+    return error.errno in _LOST
 
 
 def crc32c(content: bytes) -> int:
@@ -150,20 +181,12 @@ def crc32c(content: bytes) -> int:
     return native().crc32c(values.ctypes.data, values.size)
 
 
-def native() -> ModuleType:
-    """`_C`, for its files and checksums. Raises UserError when it was not built."""
-    loaded = extension.load()
-    if loaded.module is None:
-        raise UserError(loaded.missing["host"])
-    return loaded.module
-
-
 class _Wrong(Exception):
     """What is wrong with a field, in words that follow the file's name."""
 
 
 def _fail(where: Path, problem: str) -> NoReturn:
-    raise ManifestError(f"{where}: {problem}: name another checkpoint")
+    raise DamagedManifestError(f"{where}: {problem}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -215,7 +238,7 @@ def _manifest(fields: Any, where: Path) -> Manifest:
 
 def _file(fields: Any, chunk_bytes: int, what: str) -> FileRecord:
     name, size, checksums = _values(fields, ("name", "bytes", "crc32c"), what)
-    if not isinstance(name, str) or not _NAME_RULE.fullmatch(name):
+    if not isinstance(name, str) or not FILE_RULE.fullmatch(name):
         raise _Wrong(f"{what} has the name {name!r:.80}, and data files are rank-RANK-NUMBER.bin")
     size = _number(size, f"{name}'s bytes")
     checksums = _list(checksums, f"{name}'s crc32c")

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import native
+from opensora_fast.native import native
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -245,8 +245,13 @@ def _entry(name: str, value: Any, data_start: int, where: Path | str) -> Entry:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         refuse("has other fields than dtype, shape and data_offsets")
     code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(code, str) or code not in DTYPES:
-        refuse(f"has the dtype {_short(code)}, not one of {', '.join(DTYPES)}")
+    if not isinstance(code, str):
+        refuse(f"has the dtype {_short(code)}, which is no name")
+    if code not in DTYPES:
+        raise UserError(
+            f"{where}: tensor {_short(name)} has the dtype {_short(code)}, which this version does not read (it reads "
+            f"{', '.join(DTYPES)}): convert the file, or update opensora-fast"
+        )
     if not _sizes(shape) or len(shape) > MOST_DIMENSIONS or math.prod(max(size, 1) for size in shape) > MOST_ELEMENTS:
         refuse(f"has the shape {_short(shape)}")
     dtype = DTYPES[code]

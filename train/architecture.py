@@ -1,15 +1,18 @@
-"""Whether a checkpoint is of the architecture that a recipe asks for."""
+"""Whether a checkpoint is of the architecture that a recipe asks for, and holds what its optimiser keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
+from opensora_fast.checkpoint_reader import CheckpointReader, MisfitError
 from opensora_fast.errors import UserError
 
 
 class ArchitectureError(UserError):
-    """The checkpoint belongs to another architecture than the recipe."""
+    """The checkpoint is whole, and does not belong to the recipe."""
 
 
 def check_architecture(folder: Path, saved: dict, recipe: dict, architecture: Callable[[dict], dict]) -> None:
@@ -29,3 +32,17 @@ def check_architecture(folder: Path, saved: dict, recipe: dict, architecture: Ca
         raise ArchitectureError(
             f"checkpoint {folder} has another architecture ({'; '.join(differing)}): name another --out, or add --fresh"
         )
+
+
+def check_tensors(reader: CheckpointReader, tensors: dict[str, Tensor]) -> None:
+    """Raises ArchitectureError when the checkpoint lacks a tensor, naming the setting that asks for it if known."""
+    try:
+        reader.check_fit(tensors)
+    except MisfitError as error:
+        averaged = any(name.startswith("ema.") for name in reader.manifest.tensors)
+        if not averaged and any(name.startswith("ema.") for name in tensors):
+            raise ArchitectureError(
+                f"checkpoint {reader.step_folder} keeps no moving average: use --optimizer.ema_decay None, or name "
+                "another --out"
+            ) from error
+        raise ArchitectureError(f"{error.problem}: name another --out") from error

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from opensora_fast.checkpoint_folder import step_folders
 from opensora_fast.checkpoint_reader import CheckpointReader, FileSystem, VerifiedReader
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import NewerFormatError, native
+from opensora_fast.manifest import DamagedError
+from opensora_fast.native import native
 from opensora_fast.train import random_state
-from opensora_fast.train.architecture import ArchitectureError, check_architecture
+from opensora_fast.train.architecture import check_architecture, check_tensors
 from opensora_fast.train.checkpoint_writer import (
     ImageWriter,
+    PublishingError,
     discard,
+    first_failure,
     make_folders,
     reason,
     remove_folder,
@@ -56,12 +59,28 @@ CHUNK_BYTES = 16 * 2**20
 OnFailure = Literal["stop", "go_on"]
 _Value = TypeVar("_Value")
 
+# dcp.save would say it each time. For the process, because all its threads share the filters.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 
 @dataclass(frozen=True)
 class Restored:
     folder: Path
     progress: dict
-    damaged: tuple[str, ...]  # newer checkpoints that could not be read: one line each
+    damaged: tuple[str, ...]  # newer checkpoints that are: one line each
+
+
+class _Failure(NamedTuple):
+    """Of a save."""
+
+    line: str
+    remedy: str  # or nothing, where the line has to do
+
+    def __str__(self) -> str:
+        return f"{self.line}: {self.remedy}" if self.remedy else self.line
+
+    def ends_the_run(self) -> UserError:
+        return UserError(f"{self}{', then' if self.remedy else ':'} run the same command to resume")
 
 
 class RunFolder:
@@ -95,12 +114,10 @@ class RunFolder:
         self._queue = SaveQueue("checkpoints")
         self._lock = threading.Lock()
         self._published: Path | None = None
-        self._failure: str | None = None  # the first that was not told yet
+        self._failure: _Failure | None = None  # the first that was not told yet
+        self._saved_since = False  # that failure
         self._lines: deque[str] = deque()  # to be said in the trainer's thread
         self._said: set[str] = set()
-        # dcp.save would say it each time. Not set in its thread: all threads share the filters.
-        if group is None:
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             if self._rank == 0:
                 make_folders(self._files, path)
@@ -146,7 +163,11 @@ class RunFolder:
             ready=staged.wait,
             say=self._say_once_later,
         )
-        self._queue.submit(partial(self._publish, writer, staged))
+        try:
+            self._queue.submit(partial(self._publish, writer, staged))
+        except RuntimeError as error:  # no thread
+            self._failed(writer.final, error)
+            staged.release()
 
     def order_update(self) -> None:
         """Keep the optimiser's next step, on the current stream, behind the copies of the last save."""
@@ -156,23 +177,25 @@ class RunFolder:
     def check(self) -> None:
         """Tell what happened to earlier saves. Raises UserError once when one has failed, unless training goes on."""
         self._say_lines()
-        failure = self._take_failure()
+        failure, _ = self._take_failure()
         if failure is None:
             return
         if self._on_failure == "stop":
-            raise _ended_by(failure)
+            raise failure.ends_the_run()
         self._say(f"{failure}; training goes on")
 
     def wait(self) -> Path | None:
         """Return when every save is published or has failed: the newest checkpoint that this run has published.
 
-        Raises UserError when a save has failed that `check` did not tell of.
+        Raises UserError when a save has failed that `check` did not tell of; when a later one has not, it says so.
         """
         self._queue.join()
         self._say_lines()
-        failure = self._take_failure()
+        failure, saved_since = self._take_failure()
         if failure is not None:
-            raise _ended_by(failure)
+            if not saved_since:
+                raise failure.ends_the_run()
+            self._say(_made_up_for(failure))
         return self._published
 
     def close(self) -> None:
@@ -181,9 +204,9 @@ class RunFolder:
             self._say(f"{self.path}: waits for a checkpoint that is being written")
         self._queue.join()
         self._say_lines()
-        failure = self._take_failure()
+        failure, saved_since = self._take_failure()
         if failure is not None:
-            self._say(failure)
+            self._say(_made_up_for(failure) if saved_since else str(failure))
         if self._stager is not None:
             self._stager.close()
             self._stager = None
@@ -193,9 +216,10 @@ class RunFolder:
     ) -> Restored | None:
         """Fill `tensors` in place from the newest checkpoint that verifies; None when the run has none.
 
-        `architecture` picks from a recipe what must be equal. Raises UserError when it is not, when a newer version
-        has written the checkpoint, or when none can be read. One process checks every byte, several ranks those that
-        any of them needs.
+        One that is damaged is passed over. `architecture` picks from a recipe what must be equal. Raises UserError when
+        it is not, when the checkpoint has not these tensors, when a newer version has written it, when it cannot be
+        read now for another reason than damage, or when all are damaged: no work is given up for these. One process
+        checks every byte, several ranks those that any of them needs.
         """
         self._queue.join()
         damaged = []
@@ -232,24 +256,37 @@ class RunFolder:
                 no_dist=self._group is None,
             )
         except BaseException as error:
-            writer.abandon()
+            self._failed(writer.final, error)
             self._planner.forget()
-            failure = f"checkpoint {writer.final}: not saved ({reason(error)}): free space or mend the disk"
-            with self._lock:
-                self._failure = self._failure or failure
+            writer.abandon()
         else:
             with self._lock:
-                self._published = writer.final
+                self._published, self._saved_since = writer.final, True
                 if self._failure is not None and self._on_failure == "go_on":
-                    self._lines.append(f"{self._failure}; a later one is")
+                    self._lines.append(_made_up_for(self._failure))
                     self._failure = None
         finally:
+            self._planner.release()
             staged.release()
 
-    def _take_failure(self) -> str | None:
+    def _failed(self, final: Path, error: BaseException) -> None:
+        """Keep what happened to the save of that step."""
+        cause = first_failure(error)[1] if isinstance(error, CheckpointException) else error
+        published = isinstance(cause, PublishingError)
+        what = "published, but LATEST may not name it" if published else "not saved"
+        remedy = "free space or mend the disk" if isinstance(cause, OSError) else ""
+        with self._lock:
+            if published:
+                self._published = final
+            if self._failure is None or self._saved_since:
+                self._failure = _Failure(f"checkpoint {final}: {what} ({reason(error)})", remedy)
+                self._saved_since = False
+
+    def _take_failure(self) -> tuple[_Failure | None, bool]:
+        """What was not told yet, and whether a later save has succeeded."""
         with self._lock:
             failure, self._failure = self._failure, None
-            return failure
+            return failure, self._saved_since
 
     def _say_once_later(self, line: str) -> None:
         with self._lock:
@@ -264,35 +301,40 @@ class RunFolder:
     def _read(
         self, folder: Path, tensors: dict[str, Tensor], recipe: dict, architecture: Callable[[dict], dict]
     ) -> tuple[dict, str | None]:
-        """The progress of a checkpoint that was read into `tensors`, or a line that says why it was not."""
+        """The progress of a checkpoint that was read into `tensors`, or a line that says how it is damaged.
+
+        All ranks agree on it. Raises on all of them what keeps one from reading it and is no damage: going back to an
+        older one for that would lose work.
+        """
         progress: dict = {}
-        problem = None
+        problem: UserError | None = None
         state = dict(tensors)
         try:
             reader = CheckpointReader(folder, files=self._files)
             check_architecture(folder, reader.manifest.recipe, json.loads(_json(recipe)), architecture)
-            reader.check_fit(tensors)
+            check_tensors(reader, tensors)
             progress, stored = reader.manifest.progress, reader.manifest.tensors
             for name, tensor in random_state.capture(self._rank).items():
                 if name in stored and stored[name].shape == tensor.shape:
                     state[name] = tensor
             if self._group is None:
                 reader.read(state, whole=True)
-        except (ArchitectureError, NewerFormatError):
-            raise  # nothing is wrong with the checkpoint, and going back to an older one would lose work
         except UserError as error:
-            problem = str(error)
-        problem = self._first_problem(problem)
-        if problem is None and self._group is not None:
-            reader_of_ranks = VerifiedReader(folder, files=self._files)
+            problem = error
+        problems: list[BaseException] = self._of_all(problem)
+        if not problems and self._group is not None:
             try:
-                dcp.load(state, storage_reader=reader_of_ranks, process_group=self._group)
+                dcp.load(state, storage_reader=VerifiedReader(reader), process_group=self._group)
             except CheckpointException as error:
-                problem = reason(error)
-        if problem is None:
-            generators = {name: tensor for name, tensor in state.items() if name not in tensors}
-            random_state.restore(generators, self._rank)
-        return progress, problem
+                problems = [failure for failure, _ in error.failures.values()]
+        for found in problems:
+            if not isinstance(found, DamagedError):
+                raise found
+        if problems:
+            return progress, reason(problems[0])
+        generators = {name: tensor for name, tensor in state.items() if name not in tensors}
+        random_state.restore(generators, self._rank)
+        return progress, None
 
     def _from_first(self, value: _Value) -> _Value:
         """Rank 0's value."""
@@ -302,13 +344,12 @@ class RunFolder:
         dist.broadcast_object_list(values, src=dist.get_global_rank(self._group, 0), group=self._group)
         return values[0]
 
-    def _first_problem(self, problem: str | None) -> str | None:
-        """That of the first rank that has one."""
-        if self._group is None:
-            return problem
-        problems: list[str | None] = [None] * self._ranks
-        dist.all_gather_object(problems, problem, group=self._group)
-        return next((found for found in problems if found is not None), None)
+    def _of_all(self, problem: UserError | None) -> list[BaseException]:
+        """The problems of all ranks that have one."""
+        problems = [problem] * self._ranks
+        if self._group is not None:
+            dist.all_gather_object(problems, problem, group=self._group)
+        return [found for found in problems if found is not None]
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[Path]:
@@ -338,8 +379,8 @@ class RunFolder:
                     self._files.remove_file(str(path))
 
 
-def _ended_by(failure: str) -> UserError:
-    return UserError(f"{failure}, then run the same command to resume")
+def _made_up_for(failure: _Failure) -> str:
+    return f"{failure}; a later one is saved"
 
 
 def _json(values: dict) -> bytes:

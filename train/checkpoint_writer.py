@@ -35,11 +35,20 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from opensora_fast.checkpoint_folder import STEP_FOLDER, step_folders
-from opensora_fast.checkpoint_reader import FileSystem
+from opensora_fast.checkpoint_reader import PAGE, FileSystem, paged
 from opensora_fast.errors import UserError
-from opensora_fast.manifest import FILE_NAME, MANIFEST, FileRecord, Manifest, Piece, TensorRecord, read_manifest
+from opensora_fast.manifest import (
+    FILE_NAME,
+    FILE_RULE,
+    MANIFEST,
+    CheckpointError,
+    FileRecord,
+    Manifest,
+    Piece,
+    TensorRecord,
+    read_manifest,
+)
 
-PAGE = 4096
 _FILES_PER_RANK = 4
 WRITER_THREADS = 2
 DEPTH = 4  # chunks in flight
@@ -63,12 +72,17 @@ class Stored:
     start: int
 
 
+class PublishingError(OSError):
+    """The step is published, and is what a run resumes from; what comes after that has failed."""
+
+
 class ImageWriter(StorageWriter):
     """Saves one step of a run with `dcp.save(staged, storage_writer=..., process_group=...)`, once.
 
     progress, recipe: go into the manifest.  keep: how many checkpoints stay.  ready: returns once the tensors have
     their values.  say: told, in one line, what the run should know though the save succeeds.
     `dcp.save` raises CheckpointException on all ranks when one of them fails; nothing that was published is touched.
+    The failure is a PublishingError when the step is published all the same.
     """
 
     def __init__(
@@ -108,8 +122,8 @@ class ImageWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         self._remove_unfinished()
         if self.final.is_dir():
-            numbers = [int(path.stem.split("-")[2]) for path in self.final.glob(FILE_NAME.format("*", "*"))]
-            self._target = Target(self.final, max(numbers, default=0) + 1, replaces=True)
+            names = [FILE_RULE.fullmatch(path.name) for path in self.final.iterdir()]
+            self._target = Target(self.final, max((int(n[2]) for n in names if n), default=0) + 1, replaces=True)
         else:
             self._target = Target(temporary_name(self.final), 1, replaces=False)
             self._files.make_folder(str(self._target.folder))
@@ -143,11 +157,16 @@ class ImageWriter(StorageWriter):
         written = temporary_name(folder / MANIFEST) if self._target.replaces else folder / MANIFEST
         self._files.write_file(str(written), manifest.to_bytes())
         self._files.sync_folder(str(folder))
-        if self._target.replaces:
-            self._publish(written, folder / MANIFEST)
-        else:
-            self._publish(folder, self.final)
-        replace_file(self._files, self._run / "LATEST", self.final.name.encode())
+        try:
+            if self._target.replaces:
+                self._publish(written, folder / MANIFEST)
+            else:
+                self._publish(folder, self.final)
+            replace_file(self._files, self._run / "LATEST", self.final.name.encode())
+        except OSError as error:
+            if self._published:
+                raise PublishingError(error.errno, error.strerror, error.filename) from error
+            raise
         try:
             if self._target.replaces:
                 self._remove_unnamed(manifest)
@@ -262,22 +281,33 @@ def discard(files: FileSystem, folders: list[Path]) -> None:
 
 
 def remove_folder(files: FileSystem, folder: Path) -> None:
-    """Remove a folder and all that is in it; nothing where there is none. Raises OSError."""
+    """Remove a folder and all that is in it; nothing where there is none. Of a link, the link. Raises OSError."""
+    if folder.is_symlink():
+        files.remove_file(str(folder))
+        return
     if not folder.is_dir():
         return
     for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             remove_folder(files, path)
         else:
             files.remove_file(str(path))
     files.remove_folder(str(folder))
 
 
+def first_failure(error: CheckpointException) -> tuple[int, BaseException]:
+    """The first rank that failed, and what it raised."""
+    rank = min(error.failures)
+    return rank, error.failures[rank][0]
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, on one line, in the operating system's words; of several ranks, the first that failed."""
     if isinstance(error, CheckpointException):
-        rank, (error, _) = min(error.failures.items())
+        rank, error = first_failure(error)
         return reason(error) if rank == 0 else f"rank {rank}: {reason(error)}"
+    if isinstance(error, CheckpointError):
+        return error.problem
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -293,7 +323,7 @@ def _by_address(plan: SavePlan, planner: SavePlanner) -> tuple[list[WriteItem], 
             continue
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() % PAGE:
             raise ValueError(f"{item.index.fqn} was not staged: it begins at no page of host memory")
-        found.append((tensor.data_ptr(), -(-tensor.nbytes // PAGE) * PAGE, item))
+        found.append((tensor.data_ptr(), paged(tensor.nbytes), item))
     found.sort(key=lambda entry: entry[0])
     return [item for _, _, item in found], [(address, bytes) for address, bytes, _ in found]
 

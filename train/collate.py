@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from opensora_fast.train.host_memory import native_module
+from opensora_fast.native import native
 
 
 class ClipPixels(NamedTuple):
@@ -54,7 +54,7 @@ class Collator:
     def __init__(self, threads: int = 1):
         if threads < 1:
             raise ValueError(f"threads={threads}: use 1 or more")
-        self._collator = native_module().Collator(threads=threads)
+        self._collator = native().Collator(threads=threads)
 
     def submit(self, clips: Sequence[ClipPixels], out: Tensor) -> Ticket:
         """Begin to fill `out`, a contiguous CPU tensor [B, 3, T, H, W] of float32, bfloat16 or float16, from B clips.

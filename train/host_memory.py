@@ -17,14 +17,13 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-from opensora_fast.kernels import extension
+from opensora_fast.native import native
 
 _GIB = 2**30
 _CPU = torch.device("cpu")
@@ -42,7 +41,7 @@ class HostMemory:
     """
 
     def __init__(self, bytes: int, *, device: torch.device = _CPU, shared: bool = False, setting: str = ""):
-        module = native_module()
+        module = native()
         if bytes <= 0:
             raise UserError(f"{_asked(bytes, setting)}: ask for at least one byte")
         available = available_bytes()
@@ -64,7 +63,7 @@ class HostMemory:
         """
         attached = cls.__new__(cls)
         try:
-            attached._hold(native_module().HostMemory.attach(descriptor, bytes))
+            attached._hold(native().HostMemory.attach(descriptor, bytes))
         except (OSError, ValueError) as error:
             raise UserError(f"descriptor {descriptor} cannot be mapped as {bytes} bytes of memory ({error})") from error
         return attached
@@ -105,7 +104,7 @@ def copy(pieces: Sequence[tuple[int, int, int]], *, threads: int) -> None:
     """
     if threads < 1:
         raise ValueError(f"threads={threads}: use 1 or more")
-    native_module().copy_pieces(pieces, threads=threads)
+    native().copy_pieces(pieces, threads=threads)
 
 
 def available_bytes() -> int | None:
@@ -138,14 +137,6 @@ def _group_limits(root: Path, membership: str) -> list[int]:
                 # File pages are given up when memory is asked for.
                 limits.append(limit - used + int(statistics["inactive_file"]) + int(statistics["active_file"]))
     return limits
-
-
-def native_module() -> ModuleType:
-    """The native module `_C`. Raises UserError when it is not built."""
-    loaded = extension.load()
-    if loaded.module is None:
-        raise UserError(loaded.missing["host"])
-    return loaded.module
 
 
 def _threads() -> int:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-from opensora_fast.train.host_memory import HostMemory, native_module
+from opensora_fast.native import native
+from opensora_fast.train.host_memory import HostMemory
 
 _GIB = 2**30
 
@@ -73,7 +74,7 @@ class PinnedPool:
     """
 
     def __init__(self, memory: HostMemory, *, largest: int, setting: str):
-        self._pool = native_module().PinnedPool(memory.native)
+        self._pool = native().PinnedPool(memory.native)
         self._setting = setting
         self._require_room(largest)
 
@@ -102,4 +103,4 @@ def block_bytes(bytes: int) -> int:
     """What a block of `bytes` takes of a pool: `bytes` rounded up by at most an eighth, or to whole pages."""
     if bytes <= 0:
         raise ValueError(f"bytes={bytes}: a block has at least one byte")
-    return native_module().PinnedPool.block_bytes(bytes)
+    return native().PinnedPool.block_bytes(bytes)

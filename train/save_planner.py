@@ -23,7 +23,7 @@ _AS_BEFORE = SavePlan([], usable=False)
 class SavePlanner(DefaultSavePlanner):
     """For the saves of one run, one after the other: `dcp.save({STATE: tensors}, planner=...)`.
 
-    After a save that failed, `forget` is called on every rank.
+    After a save that failed, `forget` is called on every rank; after each, `release`.
     """
 
     STATE = "state"  # one entry, for dcp.save looks at each of them
@@ -38,6 +38,10 @@ class SavePlanner(DefaultSavePlanner):
         self._all_plans: list[SavePlan] = []
         self._last_metadata: Metadata | None = None
         self._final: SavePlan | None = None
+
+    def release(self) -> None:
+        """Keep nothing of the state that was saved."""
+        self.state_dict = {}
 
     def set_up_planner(
         self, state_dict: dict[str, Any], storage_meta: StorageMeta | None = None, is_coordinator: bool = False

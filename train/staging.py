@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
-from opensora_fast.train.checkpoint_writer import PAGE
+from opensora_fast.checkpoint_reader import PAGE, paged
 from opensora_fast.train.host_memory import HostMemory, copy
 
 ARENAS = 2
@@ -57,12 +57,12 @@ class Arena:
         if self.layout == layout:
             return
         self.close()
-        bytes = sum(_paged(spec.bytes) for spec in layout)
+        bytes = sum(paged(spec.bytes) for spec in layout)
         self._memory = HostMemory(max(bytes, PAGE), device=device, setting=_SETTING)
         whole, start = self._memory.tensor, 0
         for spec in layout:
             self.views[spec.name] = whole[start : start + spec.bytes].view(spec.dtype).view(spec.shape)
-            start += _paged(spec.bytes)
+            start += paged(spec.bytes)
         self.layout = layout
 
     def close(self) -> None:
@@ -117,15 +117,21 @@ class Stager(AsyncStager):
 
         Waits while both arenas are in use. DTensors keep their placement. Raises UserError as `prepare`.
         """
+        staged = Staged()
         with self._changed:
             self._changed.wait_for(lambda: self._free)
             arena = self._free.pop(0)
+            staged.release = weakref.finalize(staged, self._give_back, arena)
+            staged.release.atexit = False
         try:
             arena.lay_out(_layout(state_dict), self._device)
-            return self._copy(state_dict, arena)
+            self._copy(state_dict, arena)
+            staged.copied = self._copied
+            staged.update((name, _placed(tensor, arena.views[name])) for name, tensor in state_dict.items())
         except BaseException:
-            self._give_back(arena)
+            staged.release()
             raise
+        return staged
 
     def order_update(self) -> None:
         """Keep whatever the current stream is given from now on behind the copies of the last `stage`."""
@@ -140,10 +146,11 @@ class Stager(AsyncStager):
 
     def close(self) -> None:
         """Give the memory back. Nothing that was staged may be in use."""
+        self.synchronize_staging()  # a save that failed early has not waited for its copies
         for arena in self._arenas:
             arena.close()
 
-    def _copy(self, state: Mapping[str, Any], arena: Arena) -> Staged:
+    def _copy(self, state: Mapping[str, Any], arena: Arena) -> None:
         sources = {name: _local(tensor) for name, tensor in state.items()}
         if self._stream is None:
             pieces = []
@@ -160,12 +167,9 @@ class Stager(AsyncStager):
                     arena.views[name].copy_(source, non_blocking=True)
                     if source.is_cuda:
                         source.record_stream(self._stream)
-                self._copied, self._ordered = self._stream.record_event(), False
-        staged = Staged((name, _placed(tensor, arena.views[name])) for name, tensor in state.items())
-        staged.copied = self._copied
-        staged.release = weakref.finalize(staged, self._give_back, arena)
-        staged.release.atexit = False
-        return staged
+                copied = torch.cuda.Event(blocking=True)  # the writer sleeps until then
+                copied.record()
+                self._copied, self._ordered = copied, False
 
     def _give_back(self, arena: Arena) -> None:
         with self._changed:
@@ -188,7 +192,3 @@ def _placed(tensor: Tensor, view: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         return DTensor(view, tensor._spec, requires_grad=False)
     return view
-
-
-def _paged(bytes: int) -> int:
-    return -(-bytes // PAGE) * PAGE

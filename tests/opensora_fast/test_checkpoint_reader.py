@@ -1,5 +1,7 @@
 """Reading a checkpoint that no writer had a hand in: its files are laid out here, byte by byte."""
 
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from opensora_fast.checkpoint_reader import CheckpointReader, VerifiedReader
+from opensora_fast.checkpoint_reader import CheckpointReader, MisfitError, VerifiedReader
 from opensora_fast.errors import UserError
 from opensora_fast.manifest import MANIFEST, FileRecord, Manifest, ManifestError, Piece, TensorRecord, crc32c
 
@@ -82,10 +84,9 @@ def test_other_layouts_and_dtypes_are_filled_too(step_folder: Path, size: int) -
         assert torch.equal(tensor, WHOLE[name].to(tensor.dtype)), name
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_through_torch_distributed_checkpoint(step_folder: Path) -> None:
     tensors = poisoned()
-    dcp.load(tensors, storage_reader=VerifiedReader(step_folder), no_dist=True)
+    dcp.load(tensors, storage_reader=VerifiedReader(CheckpointReader(step_folder)), no_dist=True)
     for name, tensor in WHOLE.items():
         assert torch.equal(tensors[name], tensor), name
 
@@ -124,17 +125,46 @@ def test_verify_names_each_damaged_file(step_folder: Path) -> None:
 
 def test_what_does_not_fit_is_named(step_folder: Path) -> None:
     reader = CheckpointReader(step_folder)
-    with pytest.raises(UserError, match=r"lacks 1 tensors, other among them: another architecture"):
+    with pytest.raises(MisfitError, match=r"lacks other: name another checkpoint"):
         reader.read({"other": torch.zeros(1)})
-    with pytest.raises(UserError, match=r"matrix is \(90, 70\), the model's is \(90, 71\): another architecture"):
+    with pytest.raises(MisfitError, match=r"lacks more and 1 more: name another checkpoint"):
+        reader.read({"other": torch.zeros(1), "more": torch.zeros(1)})
+    with pytest.raises(MisfitError, match=r"another architecture: matrix is \(90, 70\), \(90, 71\) is asked for: name"):
         reader.read({"matrix": torch.zeros(90, 71)})
 
 
 def test_a_damaged_manifest_is_not_read(step_folder: Path) -> None:
     flip(step_folder / MANIFEST, 50)
-    for read in (CheckpointReader, VerifiedReader):
-        with pytest.raises(ManifestError, match="checksum"):
-            read(step_folder)
+    with pytest.raises(ManifestError, match="checksum"):
+        CheckpointReader(step_folder)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_more_files_than_a_process_may_open(tmp_path: Path, whole: bool) -> None:
+    """A shard per file, as many ranks would write them."""
+    count = 300
+    expected = torch.arange(count * 3, dtype=torch.float32).view(count, 3)
+    records, pieces = [], []
+    for row in range(count):
+        content = expected[row].numpy().tobytes()
+        records.append(FileRecord(f"rank-{row}-1.bin", len(content), (crc32c(content),)))
+        pieces.append(Piece((row, 0), (1, 3), records[-1].name, 0))
+        (tmp_path / records[-1].name).write_bytes(content)
+    tensors = {"w": TensorRecord(torch.float32, (count, 3), tuple(pieces))}
+    (tmp_path / MANIFEST).write_bytes(Manifest(1, CHUNK, tuple(records), tensors, {}, {}, {}, {}).to_bytes())
+    found = {"w": torch.zeros(count, 3)}
+    slow = {"w": torch.zeros(3, count).t()}  # through slots
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 120, hard))
+    try:
+        reader = CheckpointReader(tmp_path)
+        for tensors_found in (found, slow):
+            reader.read(tensors_found, whole=whole)
+        assert reader.verify() == []
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert torch.equal(found["w"], expected)
+    assert torch.equal(slow["w"], expected)
 
 
 @pytest.mark.gpu
@@ -145,3 +175,16 @@ def test_a_devices_memory_is_filled_through_pinned_slots(step_folder: Path) -> N
     CheckpointReader(step_folder).read(tensors, whole=True)
     for name, tensor in WHOLE.items():
         assert torch.equal(tensors[name].cpu(), tensor), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_failed_read_leaves_no_copy_to_the_device_behind(step_folder: Path) -> None:
+    flip(step_folder / "rank-1-1.bin", 0)
+    matrix = torch.zeros(90, 70, device="cuda")
+    with pytest.raises(UserError, match=r"rank-1-1\.bin"):
+        CheckpointReader(step_folder).read({"matrix": matrix})
+    with torch.cuda.stream(torch.cuda.Stream()):  # which waits for nothing
+        matrix.fill_(5)
+    torch.cuda.synchronize()
+    assert matrix.eq(5).all()

@@ -93,7 +93,7 @@ def _serve() -> None:
             finally:
                 os._exit(status)
         if kill_after is not None:
-            time.sleep(kill_after)
+            time.sleep(kill_after)  # a moment that nothing in the child marks is what is tested: no synchronisation
             os.kill(child, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
 

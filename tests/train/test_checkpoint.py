@@ -1,11 +1,13 @@
 """A run's checkpoints: what comes back, what is kept, and what a failure leaves. Cuts are in test_checkpoint_*.py."""
 
 import errno
+import gc
 import json
 import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import pairwise
@@ -23,7 +25,8 @@ from opensora_fast.errors import UserError
 from opensora_fast.kernels import extension
 from opensora_fast.manifest import MANIFEST, read_manifest, sealed
 from opensora_fast.train.checkpoint import Restored, RunFolder
-from opensora_fast.train.checkpoint_writer import _in_parts, _merged
+from opensora_fast.train.checkpoint_writer import ImageWriter, _in_parts, _merged
+from opensora_fast.train.save_queue import SaveQueue
 
 C = extension.load().module
 RECIPE = {"name": "test", "model": {"width": 4}}
@@ -180,6 +183,51 @@ def test_a_newer_format_is_not_passed_over(tmp_path: Path, open_run) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-1", "step-2"]
 
 
+def test_a_checkpoint_without_a_moving_average_is_not_passed_over(tmp_path: Path, open_run) -> None:
+    """One was kept at first, then not, and now it is asked for again: nothing is damaged."""
+    run = open_run()
+    averaged = {"ema.weight": torch.ones(3)}
+    for step, more in ((1, averaged), (2, {}), (3, {})):
+        run.save(step, _tensors(step) | more, {}, RECIPE)
+    run.wait()
+    expected = r"step-3 keeps no moving average: use --optimizer.ema_decay None, or name another --out$"
+    with pytest.raises(UserError, match=expected):
+        run.restore(_tensors(0.0) | averaged, RECIPE, _architecture)
+    with pytest.raises(UserError, match=r"step-3 lacks model.more: name another --out$"):
+        run.restore(_tensors(0.0) | {"model.more": torch.ones(3)}, RECIPE, _architecture)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-1", "step-2", "step-3"]
+    assert _restore(run)[1].progress["step"] == 3
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EMFILE, errno.ENOMEM], ids=errno.errorcode.get)
+def test_what_cannot_be_read_now_is_not_passed_over(tmp_path: Path, open_run, error: int, monkeypatch) -> None:
+    run = open_run()
+    for step in (1, 2):
+        _save(run, step)
+    told = r"^checkpoint .*step-2 cannot be read now \(.*: rank-0-1\.bin\): mend that, then run again$"
+    with pytest.raises(UserError, match=told):
+        _restore(open_run(script=C.CallScript(at=0, action="fail", error=error)))
+    with monkeypatch.context() as patch:
+
+        def read_bytes(path: Path) -> bytes:
+            raise OSError(error, "Odd", str(path))
+
+        patch.setattr(Path, "read_bytes", read_bytes)
+        with pytest.raises(UserError, match=r"step-2/manifest\.json: not readable \(Odd\): mend that, then run again$"):
+            _restore(run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-1", "step-2"]
+
+
+def test_what_the_disk_has_lost_is_passed_over(open_run) -> None:
+    run = open_run()
+    for step in (1, 2):
+        _save(run, step)
+    _, restored = _restore(open_run(script=C.CallScript(at=0, action="fail", error=errno.EIO)))
+    assert restored.progress["step"] == 1
+    (line,) = restored.damaged
+    assert line.endswith("step-2: rank-0-1.bin cannot be read (Input/output error)")
+
+
 def test_another_architecture_is_named(open_run) -> None:
     run = open_run()
     run.save(1, _tensors(1.0), {}, {**RECIPE, "model": {"width": 8}})
@@ -241,9 +289,11 @@ def test_a_save_that_fails_anywhere_leaves_the_last_good_one(tmp_path: Path, ope
             assert run.wait() == run.path / "step-2"
             assert "cannot be removed" in said[-1]
         else:
-            with pytest.raises(UserError, match="step-2: not saved .*(No space left|Input/output).*to resume"):
+            with pytest.raises(UserError, match=r"(No space left|Input/output).*mend the disk.*to resume$") as raised:
                 run.wait()
-            assert run.wait() is None  # told once
+            published = (run.path / "step-2").exists()
+            assert ("step-2: published, but LATEST" if published else "step-2: not saved") in str(raised.value)
+            assert run.wait() == (run.path / "step-2" if published else None)  # told once
             unfinished = [path.name for path in run.path.iterdir() if ".tmp-" in path.name]
             assert not unfinished, calls[at]
         tensors, restored = _restore(run)
@@ -252,6 +302,92 @@ def test_a_save_that_fails_anywhere_leaves_the_last_good_one(tmp_path: Path, ope
         assert (run.path / "LATEST").read_text() in [path.name for path in run.path.glob("step-*")]
         assert _save(run, 3) == run.path / "step-3"
         assert [path.name for path in run.path.glob("step-*")] == ["step-3"], calls[at]
+
+
+def test_a_failure_that_a_later_save_makes_up_for_is_said(tmp_path: Path) -> None:
+    """Two in flight, of which the first fails: the state is safe, and what ends with `wait` ends well."""
+    held, said = HeldBack(failing=1), []
+    held.release.set()
+    with closing(RunFolder(tmp_path, 3, files=held, say=said.append)) as run:
+        for step in (1, 2):
+            run.save(step, _tensors(step), {}, RECIPE)
+        assert run.wait() == tmp_path / "step-2"
+        (line,) = said
+        assert "step-1: not saved (No space left on device" in line
+        assert line.endswith("a later one is saved")
+        held.failing = 1
+        run.save(3, _tensors(3.0), {}, RECIPE)
+        with pytest.raises(UserError, match="step-3: not saved"):
+            run.wait()
+
+
+def test_a_failure_that_is_not_the_disks_does_not_blame_it(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: ImageWriter, plan: object) -> None:
+        raise ValueError("odd plan")
+
+    monkeypatch.setattr(ImageWriter, "prepare_local_plan", refuse)
+    run = open_run()
+    run.save(1, _tensors(1.0), {}, RECIPE)
+    with pytest.raises(UserError, match=r"step-1: not saved \(odd plan\): run the same command to resume$"):
+        run.wait()
+
+
+def test_what_goes_wrong_after_a_failure_does_not_hide_it(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def abandon(self: ImageWriter) -> None:
+        raise MemoryError("out of everything")
+
+    run = open_run(script=C.CallScript(at=3, action="fail", error=errno.EIO))
+    monkeypatch.setattr(ImageWriter, "abandon", abandon)
+    run.save(1, _tensors(1.0), {}, RECIPE)
+    with pytest.raises(MemoryError):
+        run.wait()
+    with pytest.raises(UserError, match="step-1: not saved"):
+        run.wait()
+    for step in (2, 3, 4):
+        assert _save(run, step) == run.path / f"step-{step}"
+
+
+def test_work_that_raises_does_not_keep_back_what_comes_after_it() -> None:
+    queue, done, begin = SaveQueue("work"), [], threading.Event()
+
+    def fail() -> None:
+        begin.wait()
+        raise RuntimeError("odd work")
+
+    for work in (fail, lambda: done.append(1), fail):
+        queue.submit(work)
+    begin.set()
+    with pytest.raises(RuntimeError, match="odd work"):
+        queue.join()
+    assert done == [1]
+    assert not queue.working
+    queue.submit(lambda: done.append(2))
+    queue.join()
+    assert done == [1, 2]
+
+
+def test_without_a_thread_a_save_fails_as_others_do(open_run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    run = open_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for step in (1, 2, 3):  # no arena is lost
+            run.save(step, _tensors(step), {}, RECIPE)
+    with pytest.raises(UserError, match="step-1: not saved .can't start new thread.: run the same command to resume"):
+        run.check()
+    assert _save(run, 4) == run.path / "step-4"
+
+
+def test_close_gives_the_memory_back(open_run) -> None:
+    run = open_run()
+    _save(run, 1)
+    memory = [weakref.ref(arena._memory.native) for arena in run._stager._arenas]
+    assert all(reference() for reference in memory)
+    run.close()
+    gc.collect()
+    assert not any(reference() for reference in memory)
 
 
 def test_a_failure_is_raised_once_by_the_next_check(open_run) -> None:
@@ -287,17 +423,21 @@ def test_the_last_save_has_to_succeed_even_so(open_run) -> None:
 
 
 class HeldBack:
-    """A file system whose data wait for `release`."""
+    """A file system whose data wait for `release`; the next `failing` times there is no room for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: int = 0) -> None:
         self.files = C.FileSystem()
         self.release = threading.Event()
+        self.failing = failing
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.files, name)
 
     def write_images(self, *args: object, **options: object) -> object:
         self.release.wait()
+        if self.failing:
+            self.failing -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
         return self.files.write_images(*args, **options)
 
 
@@ -412,6 +552,39 @@ def test_unfinished_folders_are_never_read_and_the_next_save_removes_them(tmp_pa
     assert _restore(run)[1] is None
     _save(run, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-6"]
+
+
+@pytest.mark.parametrize("name", ["step-\N{SUPERSCRIPT TWO}", "step-007", "step-1.old", "step-"])
+def test_folders_of_other_names_are_no_checkpoints(tmp_path: Path, open_run, name: str) -> None:
+    run = open_run(keep=1)
+    (tmp_path / name).mkdir()
+    for step in (1, 2):
+        _save(run, step)
+    assert _restore(run)[1].progress["step"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["LATEST", "step-2", name])
+
+
+def test_a_foreign_file_in_a_checkpoint_does_not_keep_it_from_being_replaced(open_run) -> None:
+    run = open_run()
+    folder = _save(run, 1)
+    (folder / "rank-0-x.bin").write_text("")
+    assert _save(run, 1) == folder
+    assert sorted(path.name for path in folder.iterdir()) == [MANIFEST, "rank-0-2.bin"]
+
+
+def test_what_a_link_points_to_stays(tmp_path: Path, open_run) -> None:
+    run = open_run(keep=1, path=tmp_path / "run")
+    _save(run, 1)
+    elsewhere = tmp_path / "elsewhere"
+    (run.path / "step-1").rename(elsewhere)
+    (run.path / "step-1").symlink_to(elsewhere)
+    (run.path / "samples").symlink_to(elsewhere)
+    (run.path / "step-9.tmp-1").symlink_to(elsewhere)
+    _save(run, 2)
+    assert sorted(path.name for path in run.path.iterdir()) == ["LATEST", "samples", "step-2"]
+    run.clear()
+    assert list(run.path.iterdir()) == []
+    assert len(list(elsewhere.iterdir())) == 2
 
 
 def test_clear_leaves_what_is_not_the_runs(tmp_path: Path, open_run) -> None:

@@ -81,14 +81,17 @@ def test_killed_at_a_call(host, undisturbed: tuple[int, float], tmp_path: Path, 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_any_time(host, undisturbed: tuple[int, float], tmp_path: Path, kills: int) -> None:
-    choice, killed = random.Random(kills), 0
+    choice, killed, longest = random.Random(kills), 0, undisturbed[1]
     for number in range(kills):
         folder = tmp_path / str(number)
         folder.mkdir()
-        after = choice.uniform(0, undisturbed[1])
-        killed += host.run(SAVES, _arguments(folder, GROUPS), kill_after=after) == SIGKILLED
+        after = choice.uniform(0, longest)
+        if host.run(SAVES, _arguments(folder, GROUPS), kill_after=after) == SIGKILLED:
+            killed += 1
+        else:
+            longest = after  # it came too late: the host is faster now
         _check(folder, f"killed after {after:.4f} s")
-    assert killed
+    assert killed >= kills // 3
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

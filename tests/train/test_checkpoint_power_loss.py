@@ -193,14 +193,16 @@ def _killed_then_resumed(root: Path, keep: int, at: int) -> Recording:
     return Recording(root / "run", calls + second.calls(), 10**6, acknowledgements)
 
 
-@pytest.mark.parametrize("runs", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("runs", "cuts"), [(3, 10), pytest.param(60, 20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep", [1, 2])
-def test_resume_takes_a_whole_checkpoint_after_a_kill_and_a_power_loss(tmp_path: Path, keep: int, runs: int) -> None:
+def test_resume_takes_a_whole_checkpoint_after_a_kill_and_a_power_loss(
+    tmp_path: Path, keep: int, runs: int, cuts: int
+) -> None:
     choice = random.Random(runs)
     for number in range(runs):
         at = choice.randrange(8, 200)
         recording = _killed_then_resumed(tmp_path / f"recorded-{number}", keep, at)
-        for again in range(20):
+        for again in range(cuts):
             cut, seed = choice.randrange(len(recording.calls) + 1), choice.randrange(2**32)
             found = _broken(recording, cut, _after(recording, cut, seed), tmp_path / f"{number}-{again}")
             assert not found, f"killed at call {at}, power loss after {cut} calls, seed {seed}: {found}"

@@ -142,6 +142,23 @@ def test_all_ranks_pass_over_what_one_cannot_read(ranks, tmp_path: Path) -> None
     assert (tmp_path / "LATEST").read_text() == "step-1"
 
 
+def load_with_widths(path: str, widths: list[int]) -> str:
+    """What restoring raises on each rank, whose recipe has this width."""
+    state = sharded({name: torch.full(size, 7.0) for name, size in SIZES.items()})
+    recipe = {"name": "ranks", "model": {"width": widths[dist.get_rank()]}}
+    with closing(open_run(path)) as run, pytest.raises(UserError) as raised:
+        run.restore(state, recipe, lambda recipe: recipe["model"])
+    return str(raised.value)
+
+
+def test_all_ranks_stop_where_one_has_to(ranks, tmp_path: Path) -> None:
+    """Also where another one finds the checkpoint damaged."""
+    ranks(3).run(f"{FILE}:save", str(tmp_path), [1, 2])
+    for answer in ranks(3).run(f"{FILE}:load_with_widths", str(tmp_path), [4, 8, 4]):
+        assert "step-2 has another architecture (width is 4, the recipe says 8)" in answer
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-1", "step-2"]
+
+
 def change_layout(path: str) -> str:
     """Rank 1 alone has another tensor in its second save, and not any more in its third."""
     with closing(open_run(path)) as run:

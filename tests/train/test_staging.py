@@ -10,12 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from opensora_fast.checkpoint_reader import CheckpointReader
+from opensora_fast.checkpoint_reader import PAGE, CheckpointReader
 from opensora_fast.errors import UserError
 from opensora_fast.kernels import extension
 from opensora_fast.manifest import MANIFEST
 from opensora_fast.train import staging
-from opensora_fast.train.checkpoint_writer import PAGE, ImageWriter
+from opensora_fast.train.checkpoint_writer import ImageWriter
 from opensora_fast.train.staging import Stager
 
 CPU = torch.device("cpu")
@@ -121,6 +121,22 @@ def test_a_copy_that_fails_frees_its_arena() -> None:
     stager.stage(state()).release()
 
 
+def test_what_fails_behind_the_copy_frees_its_arena_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stager = Stager(CPU)
+
+    def refuse(tensor: Tensor, view: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "_placed", refuse)
+        with pytest.raises(KeyboardInterrupt):
+            stager.stage(state())
+    gc.collect()
+    held = [stager.stage(state(seed)) for seed in (1, 2)]
+    assert stager.busy
+    assert held[0]["half"].data_ptr() != held[1]["half"].data_ptr()
+
+
 def test_memory_that_cannot_be_had_is_one_line() -> None:
     stager = Stager(CPU)
     huge = torch.zeros(1).expand(2**50)
@@ -132,7 +148,6 @@ def test_memory_that_cannot_be_had_is_one_line() -> None:
     assert same(stager.stage(state()), copies(state()))
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_it_serves_torch_distributed_checkpoint(tmp_path: Path) -> None:
     """`dcp.async_save` with this stager and this writer."""
     stager = Stager(CPU)
@@ -163,7 +178,6 @@ def test_it_serves_torch_distributed_checkpoint(tmp_path: Path) -> None:
     assert same(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_nothing_that_was_not_staged_is_written(tmp_path: Path) -> None:
     writer = ImageWriter(
         tmp_path, 1, files=C.FileSystem(), chunk_bytes=PAGE, keep=1, progress={}, recipe={}, rank=0, ranks=1,
