@@ -132,7 +132,8 @@ def training_condition(
 
     `video_BCFHW` [B, 3, F, H, W] in [-1, 1] is the batch that `latent_BCTHW` encodes; both results have the latent's
     dtype and device. Pieces of equal length are encoded in one call for the whole batch, so a mixed batch costs at
-    most three calls. Raises UserError where `condition_frames` does.
+    most three calls. A piece's last bits may depend on what it is encoded with. Raises UserError where
+    `condition_frames` does.
     """
 
     def encode(places: list[tuple[int, Piece]]) -> Iterable[Tensor]:
@@ -146,7 +147,9 @@ def stored_condition(
 ) -> tuple[Tensor, Tensor]:
     """`training_condition` from pieces that have been encoded before: `references` [B, C, t, H, W] of every piece.
 
-    `references` needs what `encoded_pieces` lists. Raises UserError where `condition_frames` does.
+    The same bits where the pieces were encoded in equal batches; else equal within rounding, as for `i2v_loop`, whose
+    head and tail are encoded in one call. `references` needs what `encoded_pieces` lists. Raises UserError where
+    `condition_frames` does.
     """
 
     def look_up(places: list[tuple[int, Piece]]) -> Iterable[Tensor]:

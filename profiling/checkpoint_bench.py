@@ -34,7 +34,7 @@ from opensora_fast.arguments import Parser
 from opensora_fast.checkpoint_folder import STEP_FOLDER, step_folders
 from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.errors import UserError
-from opensora_fast.kernels import extension
+from opensora_fast.native import native
 from opensora_fast.profiling.ledger import Row
 from opensora_fast.profiling.machine import this_machine
 from opensora_fast.profiling.runtime_report import Claim, finish, row, with_claims
@@ -189,12 +189,10 @@ def random_state(num_bytes: int, device: torch.device) -> State:
 
 
 def checksums_of(state: State) -> dict[str, int]:
-    native = extension.load().module
-    assert native is not None
     checksums = {}
     for name, tensor in state.items():
         in_memory = tensor.cpu()
-        checksums[name] = native.crc32c(in_memory.data_ptr(), in_memory.nbytes)
+        checksums[name] = native().crc32c(in_memory.data_ptr(), in_memory.nbytes)
     return checksums
 
 

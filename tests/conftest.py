@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors import safe_open
 
 # Without a GPU Triton kernels run in Triton's interpreter, which is decided when the first of them is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile("project", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ from opensora_fast.train.pinned_pool import PinnedPool, block_bytes
 
 _GIB = 2**30
 _PINNED = "--data.pinned_gib"
-_SLOTS = "--data.workers"
+_WORKERS, _PREFETCH = "--data.workers", "--data.prefetch"
+_BATCH_SIZES, _SIZES = "the batch sizes of --data.buckets", "the resolutions or frames of --data.buckets"
 _LEAST_BATCHES = 3
 """The batch that is trained on, the next one, and as much again: wherever the one lies, a gap is left for the other."""
 
@@ -62,20 +63,32 @@ def take_memory(
             f"data.pinned_gib={pinned_gib:g}: the largest batch takes {largest / _GIB:.4f} GiB, and {_LEAST_BATCHES} "
             f"must fit; raise {_PINNED} to {enough} or more, or lower the batch sizes of --data.buckets"
         )
-    # Two for each clip of a batch: a gap is left for every one, however what came before it lies.
-    shared_bytes = max(
-        max(2 * bucket.batch_size, prefetch * bucket.batch_size, 2 * workers + bucket.batch_size)
-        * block_bytes(_slot_bytes(bucket))
-        for bucket in buckets
-    )
-    shared = HostMemory(shared_bytes, shared=True, setting=_SLOTS)
-    pinned = HostMemory(pinned_bytes, device=device, setting=_PINNED)
+    shared_bytes, shared_setting = max(_slots_of(bucket, workers, prefetch) for bucket in buckets)
+    shared = HostMemory(shared_bytes, shared=True, setting=shared_setting)
+    pinned_setting = _PINNED if pinned_gib else _either(_PREFETCH if prefetch > 1 else None, _BATCH_SIZES)
+    pinned = HostMemory(pinned_bytes, device=device, setting=pinned_setting)
     return BatchMemory(
         shared=shared,
-        slots=PinnedPool(shared, largest=max(map(_slot_bytes, buckets)), setting=_SLOTS),
+        slots=PinnedPool(shared, largest=max(map(_slot_bytes, buckets)), setting=shared_setting),
         batches=PinnedPool(pinned, largest=largest, setting=_PINNED),
         pinned_bytes=pinned_bytes,
     )
+
+
+def _slots_of(bucket: Bucket, workers: int, prefetch: int) -> tuple[int, str]:
+    """Bytes of slots that batches of one bucket need, and the settings that make them fewer."""
+    own = _BATCH_SIZES if bucket.batch_size > 1 else _SIZES
+    slots, setting = max(
+        # Two for each clip of a batch: a gap is left for every one, however what came before it lies.
+        (2 * bucket.batch_size, own),
+        (prefetch * bucket.batch_size, _either(_PREFETCH if prefetch > 1 else None, own)),
+        (2 * workers + bucket.batch_size, _either(_WORKERS if workers > 1 else None, own)),
+    )
+    return slots * block_bytes(_slot_bytes(bucket)), setting
+
+
+def _either(setting: str | None, other: str) -> str:
+    return f"{setting} or {other}" if setting else other
 
 
 def _batch_elements(bucket: Bucket) -> int:

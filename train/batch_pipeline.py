@@ -8,19 +8,21 @@ trainer has, and one of those is on its way to the device, on a stream of its ow
 event, nobody for the device. A batch's pinned block is held until that event has happened. Without a GPU the block's
 own tensor is the batch.
 
-What bounds memory: two pools that are there from the start. Since everything is taken in the order in which it is used
-up, the oldest batch always gets what it needs.
+What bounds memory: two pools that are there from the start. Everything is taken in the order in which it is used up,
+but for one case: when nothing is left of a batch, its stand-in wants slots that batches behind it hold. These are taken
+back then, the youngest first, and decoded again later; a worker that is at one of them is waited for. So the oldest
+batch always gets what it needs: with nobody else's clips in the slots there is a gap for each of its own.
+
+A batch that cannot be made is an error at its own turn, behind all batches before it, whatever the number of workers.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor
@@ -29,51 +31,14 @@ from opensora_fast.errors import UserError
 from opensora_fast.train.batch_memory import BatchMemory
 from opensora_fast.train.bucket_sampler import BatchPlan, BucketSampler
 from opensora_fast.train.buckets import Draw
-from opensora_fast.train.collate import ClipPixels, Collator, Ticket
+from opensora_fast.train.collate import ClipPixels, Collator
 from opensora_fast.train.dataset import clip_request
 from opensora_fast.train.decode_workers import DecodeWorkers, Job, slot_bytes
 from opensora_fast.train.index import ClipIndex, ClipRecord
+from opensora_fast.train.planned_batch import Delay, PlannedBatch
 
 _TICK = 0.1  # seconds: how late memory is noticed that came back without anything else happening
 _GLANCE = 0.002  # seconds that a batch being laid out is waited for before the workers are listened to again
-_NAMED = 3  # files that a report names
-
-
-@dataclass(kw_only=True, eq=False)
-class PlannedBatch:
-    """One batch on its way; `state` is the sampler's behind it."""
-
-    plan: BatchPlan
-    state: dict
-    records: list[ClipRecord]
-    jobs: list[Job] = field(default_factory=list)
-    """those submitted so far, in the order of the records"""
-    skipped: dict[str, str] = field(default_factory=dict)
-    stand_ins: Iterator[BatchPlan] | None = None
-    video_BCTHW: Tensor | None = None
-    ticket: Ticket | None = None
-    copied: torch.cuda.Event | None = None
-    ready: bool = False
-    stage: str = "queued"
-    since: float = field(default_factory=time.monotonic)
-
-    def enter(self, stage: str) -> None:
-        if stage != self.stage:
-            self.stage, self.since = stage, time.monotonic()
-
-    @property
-    def undecoded(self) -> int:
-        if self.video_BCTHW is not None:
-            return 0
-        return len(self.records) - sum(job.finished for job in self.jobs)
-
-    def take_out_skipped(self) -> None:
-        """Leave the clips out that could not be read; of their reasons, the last for each file is kept."""
-        for record, job in zip(self.records, self.jobs, strict=True):
-            if job.skipped is not None:
-                self.skipped[record.path] = job.skipped
-        kept = [pair for pair in zip(self.records, self.jobs, strict=True) if pair[1].skipped is None]
-        self.records, self.jobs = [record for record, _ in kept], [job for _, job in kept]
 
 
 class BatchPipeline:
@@ -119,14 +84,15 @@ class BatchPipeline:
     def take(self, timeout: float) -> PlannedBatch | None:
         """The next batch, ready for use on the current stream; None when there is none within `timeout` seconds.
 
-        Raises UserError when a whole epoch gives nothing, RuntimeError naming the file for a fault in decoding.
+        Raises UserError when a whole epoch gives nothing, RuntimeError naming the file for a fault in decoding; so does
+        every call after that.
         """
         with self._changed:
-            self._changed.wait_for(self._can_take, timeout)
-            if self._failure is not None:
-                raise self._failure
-            if not self._can_take():
+            if not self._changed.wait_for(lambda: self._has_next() or self._failure is not None, timeout):
                 return None
+            failure = self._window[0].failure if self._has_next() else self._failure
+            if failure is not None:
+                raise failure
             batch = self._window.popleft()
         os.eventfd_write(self._wake, 1)
         if batch.copied is not None and batch.video_BCTHW is not None:
@@ -135,24 +101,15 @@ class BatchPipeline:
             batch.video_BCTHW.record_stream(stream)  # its memory is the copying stream's: not to be reused too early
         return batch
 
-    def where(self) -> str:
-        """What the next batch is waiting for: files, stages and seconds, on one line."""
+    def where(self) -> Delay:
+        """What the next batch is waiting for."""
         with self._changed:
             batch = self._window[0] if self._window else None
-        if batch is None or self._workers is None:
-            return "the workers are being started"
-        if batch.stage != "queued":
-            files = [record.path for record in batch.records]
-            if batch.stage == "collate" and batch.video_BCTHW is None:
-                return f"{_listed(files)}: decoded, but the batches before still hold all pinned memory"
-            return f"{_listed(files)} in stage {batch.stage} for {time.monotonic() - batch.since:.0f} s"
-        own = set(batch.jobs)
-        sights = [(job, sight) for job, sight in self._workers.sights() if job in own]
-        begun = [
-            f"{job.request.path} in stage {sight.stage} for {sight.seconds:.0f} s" for job, sight in sights if sight
-        ]
-        waiting = [f"{job.request.path} in stage queued" for job, sight in sights if not sight]
-        return _listed(begun or waiting) or "nothing in particular"
+        if self._workers is None:
+            return Delay(reason="the workers are being started")
+        if batch is None:
+            return Delay(reason="the next batch is being planned")
+        return batch.delay(self._workers.sights())
 
     def close(self) -> None:
         """End the thread and the workers, and drop what is on its way. May be called again, and from any thread."""
@@ -162,31 +119,40 @@ class BatchPipeline:
         os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:  # where the garbage collector may run
             self._thread.join()
+            self._window.clear()
             os.close(self._wake)
 
-    def _can_take(self) -> bool:
-        return self._failure is not None or (bool(self._window) and self._window[0].ready)
+    def _has_next(self) -> bool:
+        return bool(self._window) and self._window[0].ready
 
     def _run(self) -> None:
         try:
-            self._workers = self._start_workers()
-            while not self._stopping:
-                self._draw()
-                self._submit()
-                self._lay_out()
-                self._send()
-                self._listen()
+            with ExitStack() as at_the_end:  # the last first, and all of it
+                at_the_end.callback(self._finish_copies)
+                at_the_end.callback(self._drop_unfinished)
+                at_the_end.callback(self._collator.close)
+                self._workers = self._start_workers()
+                at_the_end.callback(self._workers.close)
+                while not self._stopping:
+                    self._draw()
+                    self._submit()
+                    self._lay_out()
+                    self._send()
+                    self._listen()
         except BaseException as failure:  # the trainer's thread raises it
             with self._changed:
                 self._failure = failure
                 self._changed.notify_all()
-        finally:
-            if self._workers is not None:
-                self._workers.close()
-            self._collator.close()
-            self._window.clear()
-            while self._on_the_way:
-                self._on_the_way.popleft()[0].synchronize()
+
+    def _drop_unfinished(self) -> None:
+        """Batches that are ready can still be taken when this thread has failed."""
+        with self._changed:
+            while self._window and not self._window[-1].ready:
+                self._window.pop()
+
+    def _finish_copies(self) -> None:
+        while self._on_the_way:
+            self._on_the_way.popleft()[0].synchronize()
 
     def _listen(self) -> None:
         """Until something happens that gives this thread work."""
@@ -219,12 +185,14 @@ class BatchPipeline:
     def _submit(self) -> None:
         """Clips to the workers, for as long as there are slots."""
         assert self._workers is not None
+        oldest = True  # whether no batch before will give slots back
         for batch in self._batches():
             plan, bucket = batch.plan, batch.plan.bucket
-            if batch.stage != "queued":
-                continue
-            while len(batch.jobs) < len(plan.indices):
-                slot = self._slots.take(slot_bytes(bucket.frames, bucket.height, bucket.width), timeout=0)
+            while batch.stage == "queued" and len(batch.jobs) < len(plan.indices):
+                wanted = slot_bytes(bucket.frames, bucket.height, bucket.width)
+                slot = self._slots.take(wanted, timeout=0)
+                while slot is None and oldest and self._take_back_from_behind(batch):
+                    slot = self._slots.take(wanted, timeout=0)
                 if slot is None:
                     return
                 place = len(batch.jobs)
@@ -239,11 +207,23 @@ class BatchPipeline:
                 )
                 batch.jobs.append(Job(request=request, slot=slot))
                 self._workers.submit(batch.jobs[-1])
+            oldest = oldest and not batch.jobs
+
+    def _take_back_from_behind(self, batch: PlannedBatch) -> bool:
+        """Whether the youngest clip gave its slot back: not when a worker is at it, or none is behind `batch`."""
+        assert self._workers is not None
+        youngest = next((other for other in reversed(self._batches()) if other.jobs), batch)
+        if youngest is batch or not self._workers.withdraw(youngest.jobs[-1]):
+            return False
+        youngest.jobs.pop()
+        return True
 
     def _lay_out(self) -> None:
         """Decoded batches to the collator, one behind the other, and those that it has done made ready."""
         laid_out = 0
         for batch in self._batches():
+            if batch.failure is not None:
+                return
             if batch.ticket is not None and batch.ticket.wait(0):
                 batch.ticket = None
                 batch.jobs = []  # the slots go back
@@ -258,6 +238,10 @@ class BatchPipeline:
 
     def _begin_layout(self, batch: PlannedBatch) -> bool:
         """Whether the collator was given the batch: not when nothing is left of it, or all pinned memory is in use."""
+        fault = next((job.fault for job in batch.jobs if job.fault is not None), None)
+        if fault is not None:
+            self._fail(batch, RuntimeError(fault))
+            return False
         if batch.stage == "queued":
             batch.take_out_skipped()
             if not batch.jobs:
@@ -291,8 +275,14 @@ class BatchPipeline:
         plan = next(batch.stand_ins, None)
         if plan is None:
             reason = list(batch.skipped.values())[-1]
-            raise UserError(f"no clip of epoch {batch.plan.epoch + 1} could be read; the last: {reason}")
-        batch.plan, batch.records = plan, self._records(plan)
+            self._fail(batch, UserError(f"no clip of epoch {batch.plan.epoch + 1} could be read; the last: {reason}"))
+        else:
+            batch.plan, batch.records = plan, self._records(plan)
+
+    def _fail(self, batch: PlannedBatch, failure: Exception) -> None:
+        batch.failure = failure
+        batch.enter("failed")
+        self._make_ready(batch)
 
     def _send(self) -> None:
         """The next batch to the device."""
@@ -312,7 +302,3 @@ class BatchPipeline:
         with self._changed:
             batch.ready = True
             self._changed.notify_all()
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -2,13 +2,16 @@
 
 An epoch assigns every clip to a bucket, shuffles, and cuts each bucket into batches; what is left over waits for the
 next epoch's shuffle.  A bucket with too few clips for one batch is filled by repeating them, from other starts, so that
-a small data set trains too.  The order of an epoch's batches does not depend on the number of ranks: at each step rank
-r of R takes the r-th of the next R batches, and fewer than R at the end are left out (or repeated, should the epoch
-have no more).  So a state, which counts the batches handed out to all ranks, resumes at any number of ranks.
+a small data set trains too.
+
+Batches are numbered through all epochs: the order has no end, and does not depend on the number of ranks.  At step s
+rank r of R takes batch s * R + r, so one step may take the last batches of an epoch and the first of the next, and none
+is left out or taken twice.  A state says how many batches all ranks have taken together; it resumes on any number of
+ranks, and which clips have been seen depends on that count alone.
 
 A batch of which no file can be read is replaced by one of its `stand_ins`, the batches that follow it in the epoch's
-order.  The state takes no notice: every rank's n-th batch stays the n-th of its plans, and which clips an epoch shows
-stays a matter of the clips alone.
+order.  The state takes no notice: every batch keeps its number, and which clips an epoch shows stays a matter of the
+clips alone.
 """
 
 from __future__ import annotations
@@ -83,27 +86,33 @@ class BucketSampler:
         self._clips = clips
         self._rank, self._world_size = rank, world_size
         self._inputs = self._digest()
-        self._start_epoch(0)
+        self._orders: dict[int, _Epoch] = {}
+        self._go_to(0, 0)
 
     def __iter__(self) -> Iterator[BatchPlan]:
         return self
 
     def __next__(self) -> BatchPlan:
-        while not self._whole_step_left():
-            self._start_epoch(self._epoch.number + 1)
-        place = (self._handed_out + self._rank) % len(self._epoch.order)
-        self._handed_out += self._world_size
-        return self._epoch.plan(place)
+        epoch, place = self._epoch, self._handed_out + self._rank
+        while place >= len(self._order(epoch).order):
+            place -= len(self._order(epoch).order)
+            epoch += 1
+        plan = self._order(epoch).plan(place)
+        self._go_to(self._epoch, self._handed_out + self._world_size)
+        return plan
 
     def stand_ins(self, plan: BatchPlan) -> Iterator[BatchPlan]:
         """What may take the place of `plan`: all other batches of its epoch, from the one behind it in the order on."""
-        epoch = self._epoch if plan.epoch == self._epoch.number else self._order_of(plan.epoch)
+        epoch = self._orders.get(plan.epoch) or self._order_of(plan.epoch)
         for step in range(1, len(epoch.order)):
             yield epoch.plan((plan.place + step) % len(epoch.order))
 
     def state_dict(self) -> dict:
-        """Names the next batch; JSON-ready.  Equal on all ranks that have taken equally many."""
-        return {"epoch": self._epoch.number, "handed_out": self._handed_out, "inputs": self._inputs}
+        """What all ranks have taken, when each has made as many steps: `handed_out` batches of `epoch`, all before it.
+
+        JSON-ready, and the same on every rank and for every number of ranks that took as many batches.
+        """
+        return {"epoch": self._epoch, "handed_out": self._handed_out, "inputs": self._inputs}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where `state` was taken.
@@ -111,23 +120,29 @@ class BucketSampler:
         When clips, buckets or seed differ from those of the state, its epoch's order no longer exists: that epoch is
         left unfinished, with a warning.
         """
-        same = state["inputs"] == self._inputs
-        self._start_epoch(state["epoch"] if same else state["epoch"] + 1)
-        if same:
-            self._handed_out = state["handed_out"]
+        if state["inputs"] == self._inputs:
+            self._go_to(state["epoch"], state["handed_out"])
         else:
+            self._go_to(state["epoch"] + 1, 0)
             warnings.warn(
                 f"clips, buckets or seed differ from those of the saved state: epoch {state['epoch']} is left "
                 f"unfinished and training goes on with epoch {state['epoch'] + 1}",
                 stacklevel=2,
             )
 
-    def _whole_step_left(self) -> bool:
-        left = len(self._epoch.order) - self._handed_out
-        return left >= self._world_size or (left > 0 and self._handed_out == 0)
+    def _go_to(self, epoch: int, handed_out: int) -> None:
+        """Behind the first `handed_out` batches from `epoch` on; named by the earliest epoch that has so many."""
+        while handed_out > len(self._order(epoch).order):
+            handed_out -= len(self._order(epoch).order)
+            epoch += 1
+        self._epoch, self._handed_out = epoch, handed_out
+        self._orders = {number: order for number, order in self._orders.items() if number >= epoch}
 
-    def _start_epoch(self, number: int) -> None:
-        self._epoch, self._handed_out = self._order_of(number), 0
+    def _order(self, number: int) -> _Epoch:
+        """That of an epoch that is not behind the state; kept until it is."""
+        if number not in self._orders:
+            self._orders[number] = self._order_of(number)
+        return self._orders[number]
 
     def _order_of(self, number: int) -> _Epoch:
         draw = Draw(seed=self.seed, epoch=number)

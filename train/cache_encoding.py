@@ -4,7 +4,9 @@
     EncodingWork.prompts(kind)    T5 or CLIP
 
 A pass loads its encoder and holds the only reference to it. Shards end with whole batches, and batches are cut from a
-list that does not depend on interruptions, so that neither do the rows' bits.
+list that does not depend on interruptions, so that neither do the rows' bits: equal batches give equal bits, and
+other ones may differ in the last. A batch of latents is up to `batch_size` clips of the bucket, and for references as
+many pieces of one end; a batch of prompts is `prompts_at_once`.
 
 Shapes   B clips, T frames, H height, W width in pixels; C channels.
 """
@@ -28,13 +30,14 @@ from opensora_fast.conditions import encoded_pieces
 from opensora_fast.errors import UserError
 from opensora_fast.text import PromptEncoder, load_clip, load_t5
 from opensora_fast.train.buckets import Draw
-from opensora_fast.train.cache_plan import KEY, CachePlan, LatentGroup, prompt_keys
+from opensora_fast.train.cache_plan import KEY, CachePlan, LatentGroup, file_bytes
 from opensora_fast.train.cache_settings import CacheSettings
 from opensora_fast.train.cache_store import LATENT, Dropped, RowTable, ShardWriter, open_tables, piece_name
 from opensora_fast.train.config import DiffusionRecipe, recipe_to_dict
 from opensora_fast.train.dataset import ClipRequest, clip_request
 from opensora_fast.train.decode_workers import decode_in_order
 from opensora_fast.train.diffusion_inputs import require_text_width
+from opensora_fast.train.index import ClipRecord
 from opensora_fast.video_io import to_signed
 
 PromptKind = Literal["t5", "clip"]
@@ -118,7 +121,7 @@ class EncodingWork:
 
     def prompts(self, kind: PromptKind) -> int:
         table = open_tables(self.out, self.settings.identity())[kind]
-        keys = prompt_keys(self.plan.prompts)
+        keys = self.plan.prompt_keys_P
         missing = np.flatnonzero(table.find(keys) < 0)
         name = f"{PROMPT_VALUES[kind]} embeddings"
         task = self.progress.add_task(name, total=len(keys), completed=len(keys) - len(missing))
@@ -128,7 +131,7 @@ class EncodingWork:
         shard = _Shard(writer=ShardWriter(self.out, kind, self.settings.identity()))
         for first in range(0, len(missing), self.prompts_at_once):
             positions = missing[first : first + self.prompts_at_once]
-            prompts = [self.plan.prompts[position] for position in positions]
+            prompts = [self.plan.prompt(position) for position in positions]
             values = encoder(prompts)
             require_text_width(kind, values.shape[-1], self.recipe.model)
             for prompt, finite in zip(prompts, _finite(values), strict=True):
@@ -153,7 +156,14 @@ class EncodingWork:
         """uint8 [T, H, W, C] of each clip in turn, or why there is none. The one place where clips are decoded."""
         requests = (self._request(batch.group, position) for batch in batches for position in batch.positions)
         buckets = {batch.group.bucket for batch in batches}
-        yield from decode_in_order(requests, buckets=buckets, workers=self.recipe.data.workers)
+        data = self.recipe.data
+        yield from decode_in_order(
+            requests,
+            buckets=buckets,
+            workers=data.workers,
+            slow_s=data.slow_batch_s,
+            limit_s=data.batch_timeout_s,
+        )
 
     def _request(self, group: LatentGroup, position: int) -> ClipRequest:
         drawn = self.plan.sources[group.source_P[position]].drawn
@@ -176,6 +186,8 @@ class EncodingWork:
             pixels = next(decoded)
             if isinstance(pixels, UserError):
                 drop(position, str(pixels))
+            elif replaced := _replaced(self.plan.record(batch.group, position)):
+                drop(position, replaced)
             else:
                 clips.append(torch.from_numpy(pixels))
                 kept.append(position)
@@ -199,6 +211,14 @@ def encode_clips(autoencoder: Autoencoder, pixels_BTHWC: Tensor, conditions: Seq
     for piece in encoded_pieces(conditions, autoencoder, video_BCTHW.shape[2]):
         values[piece_name(piece)] = autoencoder.encode(piece.of(video_BCTHW).contiguous())
     return values
+
+
+def _replaced(record: ClipRecord) -> str:
+    """What tells that the file is not the one that was indexed, and whose key the row would have; or nothing."""
+    size = file_bytes(record.path)
+    if record.bytes is None or record.bytes == size:
+        return ""
+    return f"it has {size} bytes, {record.bytes} when it was indexed: make the index again"
 
 
 def _missing(plan: CachePlan, table: RowTable) -> tuple[list[_Batch], list[_Batch]]:

@@ -6,9 +6,15 @@ recipe's seed (the uncached loader draws a new one each epoch); a held-out clip 
 are wanted for every prompt of these clips, and for the empty one.
 
 A key is 128 bits of BLAKE2b. A clip's is of its name in the index (relative to the index's folder where it lies below
-that, so that clips and index can be moved together), frames, size and rate; a latent's also of the bucket's frames and
-size and of the kind of start; a prompt's of its text, frame rate and motion included. So the order of an index, batch
-sizes and chances may change, clips that are equal share a row, and a cache serves any recipe whose keys it holds.
+that, so that clips and index can be moved together), the file's size in bytes, and its frames, height, width and rate;
+a latent's also of the bucket's frames and size and of the kind of start; a prompt's of its text, frame rate and motion
+included. So the order of an index, batch sizes and chances may change, clips that are equal share a row, and a cache
+serves any recipe whose keys it holds.
+
+The bytes are the index's. Where it does not have them the file is asked, each time that a key is made; 0 stands for a
+file that is not there. Two folders whose files have equal names have different keys unless even the bytes of a file
+agree, and a file that was replaced has another one as soon as its folder is indexed again. Files of equal name,
+measures and bytes count as one, whatever they show.
 
 N clips, P latents or prompts.
 """
@@ -16,7 +22,8 @@ N clips, P latents or prompts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +36,7 @@ from opensora_fast.train.config import DataSection
 from opensora_fast.train.index import ClipIndex, ClipRecord, read_index
 
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
+_AT_ONCE = 2**16  # clips that are Python objects at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +79,36 @@ class LatentGroup:
 class CachePlan:
     sources: list[Clips]
     groups: list[LatentGroup]
+    fps_max: float
     pairs: int
     """Clips in buckets, equal ones counted as often as they occur."""
-    prompts: list[str]
-    """Each once; the first is the empty one."""
+    prompt_keys_P: np.ndarray
+    """Of each prompt once; the first is the empty one's."""
+    prompt_source_P: np.ndarray
+    prompt_clip_P: np.ndarray
+    """A clip with this prompt; -1 for the empty one."""
     prompts_asked: int
     """As many as clips are used, equal ones counted as often as they occur."""
-    unplaced: list[tuple[str, str]]
-    """(path, reason) of each clip that no bucket takes."""
+    misfits: list[dict[str, np.ndarray]]
+    """Of each source, the clips that no bucket takes, by reason."""
 
     def record(self, group: LatentGroup, position: int) -> ClipRecord:
         return self.sources[group.source_P[position]].clips[int(group.clip_P[position])]
+
+    def prompt(self, position: int) -> str:
+        clip = int(self.prompt_clip_P[position])
+        if clip < 0:
+            return ""
+        return clip_prompts(self.sources[self.prompt_source_P[position]].clips[clip : clip + 1], self.fps_max)[0]
+
+    def unplaced(self) -> list[tuple[str, str]]:
+        """(path, reason) of each clip that no bucket takes."""
+        return [
+            (path, reason)
+            for source, misfits in zip(self.sources, self.misfits, strict=True)
+            for reason, positions in misfits.items()
+            for path in source.clips.take(positions).column("path")
+        ]
 
 
 def plan_cache(data: DataSection, *, multiple: int) -> CachePlan:
@@ -94,42 +121,59 @@ def plan_cache(data: DataSection, *, multiple: int) -> CachePlan:
     if data.heldout_index is not None:
         sources.append(Clips.read(data.heldout_index, drawn=False))
     by_size: dict[tuple[int, int, int], list[tuple[Bucket, int, np.ndarray]]] = {}
-    prompts, asked, pairs = {"": None}, 0, 0
-    left_out: list[tuple[str, str]] = []
+    keys, places, asked, pairs = [prompt_keys([""])], [np.array([(0, -1)])], 0, 0
+    misfits = []
     for number, source in enumerate(sources):
         buckets, clip_P, bucket_P = _pairs_of(source, data, multiple)
-        misfits = unplaced(source.clips, data.buckets, multiple=multiple, fps_max=data.fps_max)
+        misfits.append(unplaced(source.clips, data.buckets, multiple=multiple, fps_max=data.fps_max))
         if not len(clip_P):
-            said = "; ".join(f"{len(positions)} {reason}" for reason, positions in misfits.items())
+            said = "; ".join(f"{len(positions)} {reason}" for reason, positions in misfits[-1].items())
             raise UserError(
                 f"{source.index}: no clip fits a bucket ({said or 'it is empty'}): add clips or change data.buckets"
             )
-        paths = source.clips.column("path")
-        left_out += [(paths[position], reason) for reason, positions in misfits.items() for position in positions]
         for place in np.unique(bucket_P):
             bucket, members_P = buckets[place], clip_P[bucket_P == place]
             by_size.setdefault((bucket.frames, bucket.height, bucket.width), []).append((bucket, number, members_P))
         used = np.unique(clip_P)
-        texts = clip_prompts(source.clips, data.fps_max)
-        prompts |= dict.fromkeys(texts[position] for position in used)
+        keys += [prompt_keys(clip_prompts(part, data.fps_max)) for part in _parts(source.clips, used)]
+        places.append(np.stack([np.full(len(used), number), used], 1))
         asked, pairs = asked + len(used), pairs + len(clip_P)
+    keys_P, place_P2 = np.concatenate(keys), np.concatenate(places)
+    firsts = np.sort(np.unique(keys_P, return_index=True)[1])
     return CachePlan(
         sources=sources,
         groups=[_group(by_size[size], sources) for size in sorted(by_size)],
+        fps_max=data.fps_max,
         pairs=pairs,
-        prompts=list(prompts),
+        prompt_keys_P=keys_P[firsts],
+        prompt_source_P=place_P2[firsts, 0],
+        prompt_clip_P=place_P2[firsts, 1],
         prompts_asked=asked,
-        unplaced=left_out,
+        misfits=misfits,
     )
 
 
 def clip_keys(clips: ClipIndex, folder: Path) -> np.ndarray:
     """KEY [N]; `folder` is the index's."""
     below = f"{folder}/"
-    columns = (clips.column(name) for name in ("path", "num_frames", "height", "width", "fps"))
-    return _keys(
-        f"{path.removeprefix(below)}\n{f} {h} {w} {fps!r}" for path, f, h, w, fps in zip(*columns, strict=True)
-    )
+    keys = [np.zeros(0, KEY)]
+    for part in _parts(clips, np.arange(len(clips))):
+        columns = (part.column(name) for name in ("path", "bytes", "num_frames", "height", "width", "fps"))
+        keys.append(
+            _keys(
+                f"{path.removeprefix(below)}\n{file_bytes(path) if size is None else size} {f} {h} {w} {fps!r}"
+                for path, size, f, h, w, fps in zip(*columns, strict=True)
+            )
+        )
+    return np.concatenate(keys)
+
+
+def file_bytes(path: str) -> int:
+    """0 where there is no file."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def prompt_keys(prompts: Iterable[str]) -> np.ndarray:
@@ -170,6 +214,12 @@ def _group(members: list[tuple[Bucket, int, np.ndarray]], sources: list[Clips]) 
         source_P=source_P[firsts],
         clip_P=clip_P[firsts],
     )
+
+
+def _parts(clips: ClipIndex, positions: np.ndarray) -> Iterator[ClipIndex]:
+    """The clips at these positions, in order, some at a time."""
+    for begin in range(0, len(positions), _AT_ONCE):
+        yield clips.take(positions[begin : begin + _AT_ONCE])
 
 
 def _keys(names: Iterable[str]) -> np.ndarray:

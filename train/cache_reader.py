@@ -94,21 +94,20 @@ class EncoderCache:
 
     def require(self, plan: CachePlan, recipe: DiffusionRecipe) -> None:
         """Raises UserError unless all that `plan` lists is there, dropped clips aside, and fits the recipe's model."""
-        for group in plan.groups:
-            for position in np.flatnonzero(self._latents.find(group.keys_P) < 0):
-                if self._latents.reason(group.keys_P[position]) is None:
-                    path, bucket = plan.record(group, position).path, group.bucket
-                    raise UserError(
-                        f"data.cache={self.folder} lacks {self._lacking(plan.groups)} of "
-                        f"{sum(len(each.keys_P) for each in plan.groups)} latents that data.index, data.heldout_index "
-                        f"and data.buckets ask for, as {path} in {bucket}: {ADVICE}"
-                    )
+        lacking = [self._latents.unknown(group.keys_P) for group in plan.groups]
+        for group, positions in zip(plan.groups, lacking, strict=True):
+            if len(positions):
+                raise UserError(
+                    f"data.cache={self.folder} lacks {sum(map(len, lacking))} of "
+                    f"{sum(len(each.keys_P) for each in plan.groups)} latents that data.index, data.heldout_index "
+                    f"and data.buckets ask for, as {plan.record(group, positions[0]).path} in {group.bucket}: {ADVICE}"
+                )
         for kind, table in (("t5", self._t5), ("clip", self._clip)):
-            missing = np.flatnonzero(table.find(prompt_keys(plan.prompts)) < 0)
+            missing = np.flatnonzero(table.find(plan.prompt_keys_P) < 0)
             if len(missing):
                 raise UserError(
-                    f"data.cache={self.folder} lacks {len(missing)} of {len(plan.prompts)} prompts for text.{kind}, as "
-                    f"{plan.prompts[missing[0]]!r}: {ADVICE}"
+                    f"data.cache={self.folder} lacks {len(missing)} of {len(plan.prompt_keys_P)} prompts for "
+                    f"text.{kind}, as {plan.prompt(missing[0])!r}: {ADVICE}"
                 )
         model, found = recipe.model, self._text_specs()
         wanted = {"txt": (recipe.text.max_length_t5, model.context_in_dim), "vec": (model.vec_in_dim,)}
@@ -190,10 +189,6 @@ class EncoderCache:
             null_vec_1D=null[1],
             references={piece: values[piece_name(piece)] for piece in specs.pieces},
         )
-
-    def _lacking(self, groups: list[LatentGroup]) -> int:
-        missing = (group.keys_P[self._latents.find(group.keys_P) < 0] for group in groups)
-        return sum(self._latents.reason(key) is None for keys in missing for key in keys)
 
     def _text_specs(self) -> dict[str, RowSpec]:
         return {"txt": self._t5.spec(0, "txt"), "vec": self._clip.spec(0, "vec")}

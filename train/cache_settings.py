@@ -1,12 +1,14 @@
 """cache.json: what all rows of a cache were made with, and whether that is what a recipe needs.
 
-    {"format": 1, "recipe": name, "dtype": "bfloat16" or "float32", "seed": N, "fps_max": N, "conditions": [names],
+    {"format": 1, "recipe": name, "dtype": "bfloat16" or "float32", "decoder": "torchcodec" or "PyAV", "seed": N,
+     "fps_max": N, "conditions": [names],
      "autoencoder": {"kind", "latent_channels", "compression": [T, H, W], "causal", "weights", "fingerprint", "config"},
      "text": {"t5", "t5_fingerprint", "max_length_t5", "clip", "clip_fingerprint", "max_length_clip"}}
 
-A fingerprint is of the files that weights lie in: their names, sizes and samples of their bytes, so that weights are
-known again wherever they are copied to. It may be null, as may the paths, in a cache that other software has made;
-`config` is null where the weights bring their own.
+A fingerprint is of the files that weights lie in, so that weights are known again wherever they are copied to: a digest
+of their names, sizes and samples of their bytes, "-", and the CRC32C of all their bytes. `data cache` compares all of
+it, and reads the files through each time; training compares the digest. It may be null, as may the paths and the
+decoder, in a cache that other software has made; `config` is null where the weights bring their own.
 
 What a recipe leaves open (no weights, or a stand-in for them) is what the cache was made with; what it names must be
 the same. A cache that holds more than is needed (sizes, conditions, clips) serves as well.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from opensora_fast.autoencoder import LatentLayout, StoredLayout
@@ -28,13 +31,16 @@ from opensora_fast.checkpoint_folder import find_checkpoint, step_folders
 from opensora_fast.conditions import CONDITIONS, encoded_pieces
 from opensora_fast.config import VideoDCAEConfig, config_from_dict
 from opensora_fast.errors import UserError
+from opensora_fast.native import native
 from opensora_fast.train.config import AutoencoderSection, DiffusionRecipe
 from opensora_fast.train.stand_ins import DEMO
+from opensora_fast.video_decoder import choose_decoder
 
 FORMAT = 1
 FILE = "cache.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SAMPLES, SAMPLE_BYTES = 16, 2**16  # of a file, in a fingerprint
+_PART_BYTES = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,8 @@ class TextRecord:
 class CacheSettings:
     recipe: str
     dtype: str
+    decoder: str | None
+    """Of videos: the pixels of two differ."""
     seed: int
     fps_max: int
     conditions: tuple[str, ...]
@@ -101,6 +109,7 @@ def settings_of(recipe: DiffusionRecipe, layout: LatentLayout, dtype: torch.dtyp
     return CacheSettings(
         recipe=recipe.name,
         dtype=next(name for name, known in DTYPES.items() if known == dtype),
+        decoder=choose_decoder().name,
         seed=recipe.loop.seed,
         fps_max=recipe.data.fps_max,
         conditions=conditions_of(recipe),
@@ -110,15 +119,15 @@ def settings_of(recipe: DiffusionRecipe, layout: LatentLayout, dtype: torch.dtyp
             compression=layout.compression,
             causal=layout.causal,
             weights=section.weights,
-            fingerprint=fingerprint("autoencoder.weights", Path(section.weights)),
+            fingerprint=fingerprint("autoencoder.weights", Path(section.weights), whole=True),
             config=_described_config(section),
         ),
         text=TextRecord(
             t5=text.t5,
-            t5_fingerprint=fingerprint("text.t5", Path(text.t5)),
+            t5_fingerprint=fingerprint("text.t5", Path(text.t5), whole=True),
             max_length_t5=text.max_length_t5,
             clip=text.clip,
-            clip_fingerprint=fingerprint("text.clip", Path(text.clip)),
+            clip_fingerprint=fingerprint("text.clip", Path(text.clip), whole=True),
             max_length_clip=text.max_length_clip,
         ),
     )
@@ -196,7 +205,10 @@ def adopt(recipe: DiffusionRecipe, there: CacheSettings, folder: Path) -> Diffus
         t5=_adopted("text.t5", text.t5, there.text.t5, mine),
         clip=_adopted("text.clip", text.clip, there.text.clip, mine),
     )
-    stored = _options(there)
+    stored = {
+        option: value.partition("-")[0] if option in _WEIGHTS and isinstance(value, str) else value
+        for option, value in _options(there).items()
+    }
     for option, value in mine.items():
         if value != stored[option]:
             remedy = (
@@ -227,8 +239,10 @@ def conditions_of(recipe: DiffusionRecipe) -> tuple[str, ...]:
     return tuple(sorted(name for name, weight in recipe.condition_weights.items() if weight > 0))
 
 
-def fingerprint(option: str, path: Path) -> str:
+def fingerprint(option: str, path: Path, *, whole: bool = False) -> str:
     """Of the files of a folder that are not hidden, or of one file; of a run, those of its newest checkpoint.
+
+    whole: with the checksum of all bytes behind it.
 
     Raises UserError naming `option` when there are none.
     """
@@ -236,10 +250,11 @@ def fingerprint(option: str, path: Path) -> str:
         path = find_checkpoint(path) if path.is_dir() and step_folders(path) else path
         files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
         files = [file for file in files if not file.name.startswith(".")]
-        digest = hashlib.blake2b(digest_size=16)
+        digest, checksum = hashlib.blake2b(digest_size=16), 0
         for file in files:
             size = file.stat().st_size
             digest.update(f"{'' if file == path else file.name}\n{size}\n".encode())
+            checksum = _checksum(file, checksum) if whole else 0
             with open(file, "rb") as content:
                 if size <= SAMPLES * SAMPLE_BYTES:
                     digest.update(content.read())
@@ -251,7 +266,16 @@ def fingerprint(option: str, path: Path) -> str:
         raise UserError(f"{option}={path}: {error.strerror or error}; name weights that can be read") from error
     if not files:
         raise UserError(f"{option}={path}: the folder is empty; name weights that can be read")
-    return digest.hexdigest()
+    return f"{digest.hexdigest()}-{checksum:08x}" if whole else digest.hexdigest()
+
+
+def _checksum(file: Path, seed: int) -> int:
+    """CRC32C of a file's bytes, behind others."""
+    part, crc32c = np.empty(_PART_BYTES, np.uint8), native().crc32c
+    with open(file, "rb", buffering=0) as content:
+        while count := content.readinto(part.data):
+            seed = crc32c(part.ctypes.data, count, seed=seed)
+    return seed
 
 
 def _described_config(section: AutoencoderSection) -> dict | None:
@@ -290,6 +314,7 @@ def _options(settings: CacheSettings) -> dict[str, object]:
         "condition_weights": settings.conditions,
         "loop.seed": settings.seed,
         "dtype (by --loop.device)": settings.dtype,
+        "decoder (by what is installed)": settings.decoder,
     }
 
 
@@ -305,6 +330,7 @@ def _mismatch(folder: Path, option: str, ours: object, theirs: object, remedy: s
 _TOP: dict = {
     "recipe": str,
     "dtype": str,
+    "decoder": (str, type(None)),
     "seed": int,
     "fps_max": int,
     "conditions": list,

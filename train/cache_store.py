@@ -38,9 +38,9 @@ from torch import Tensor
 
 from opensora_fast.conditions import Piece
 from opensora_fast.errors import UserError
+from opensora_fast.native import native
 from opensora_fast.safetensors_file import Header, TensorSpec, read_header, write_file
 from opensora_fast.train.cache_plan import KEY
-from opensora_fast.train.host_memory import native_module
 
 Kind = Literal["latents", "t5", "clip"]
 KINDS: tuple[Kind, ...] = ("latents", "t5", "clip")
@@ -117,6 +117,7 @@ class RowTable:
         for key in [bytes.fromhex(key) for key in self.dropped]:
             if self.find(np.frombuffer(key, KEY))[0] >= 0:  # it could be read the next time
                 del self.dropped[key.hex()]
+        self._dropped_keys = np.frombuffer(b"".join(map(bytes.fromhex, self.dropped)), KEY)
 
     def __len__(self) -> int:
         return len(self._keys_N)
@@ -127,6 +128,11 @@ class RowTable:
             return np.full(len(keys_P), -1)
         places = np.searchsorted(self._keys_N, keys_P).clip(max=len(self) - 1)
         return np.where(self._keys_N[places] == keys_P, self._row_N[places], -1)
+
+    def unknown(self, keys_P: np.ndarray) -> np.ndarray:
+        """The positions of the keys that have no row and were not dropped."""
+        missing = np.flatnonzero(self.find(keys_P) < 0)
+        return missing[~np.isin(keys_P[missing], self._dropped_keys)]
 
     def spec(self, row: int, name: str) -> RowSpec:
         return self._shard(row)[0].spec(name)
@@ -290,7 +296,7 @@ def _read_into(file: io.FileIO, offset: int, out: memoryview) -> None:
 
 
 def _checksum(key: np.void, value: Tensor) -> int:
-    name, crc32c = np.frombuffer(key.tobytes(), np.uint8), native_module().crc32c
+    name, crc32c = np.frombuffer(key.tobytes(), np.uint8), native().crc32c
     return crc32c(value.data_ptr(), value.nbytes, seed=crc32c(name.ctypes.data, name.nbytes))
 
 

@@ -12,6 +12,7 @@ B clips, T frames, H height, W width in pixels.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import warnings
 import weakref
@@ -80,7 +81,8 @@ class CachedLoader:
     skipped: {path: reason} of clips without a row that were to be in a batch.
     The tensors of a batch lie in memory that is used again when the last of them is gone.
     Raises UserError when the memory cannot be had, when no clip of an epoch has a row, and naming a shard that is
-    damaged or cannot be read.
+    damaged or cannot be read. These last two come in the batch's turn, and again from every call after that, until the
+    loader is closed or its state is loaded.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class CachedLoader:
             self._reader = _Reader(self._cache, self._specs, self._null, self._pool, self._device)
             self._close_reader = weakref.finalize(self, self._reader.close)
         self._read_ahead(self._reader)
-        planned = self._ahead.popleft()
+        planned = self._ahead[0]
         encoded = self._waited_for(planned, self._reader)
+        self._ahead.popleft()
         self._read_ahead(self._reader)
         self._state = planned.state
         self.skipped.update(planned.skipped)
@@ -143,15 +146,17 @@ class CachedLoader:
         return f"batches are read from {self._cache.folder} into {self._bytes / 2**20:.1f} MiB of {kind}"
 
     def _take_memory(self) -> tuple[PinnedPool, int]:
-        sampler, setting = self._sampler, "--data.pinned_gib"
+        sampler, given = self._sampler, self._data.pinned_gib
+        setting = "--data.pinned_gib" if given else "--data.prefetch or the batch sizes of --data.buckets"
         buckets = reachable(self._source.clips, sampler.table, multiple=sampler.multiple, fps_max=sampler.fps_max)
         sizes = [(self._specs.get(size_of(bucket)), bucket.batch_size) for bucket in buckets]
         largest = max(block_bytes(specs.bytes(count)) for specs, count in sizes if specs is not None)
-        size = int(self._data.pinned_gib * _GIB) or (self._data.prefetch + _SPARE) * largest
+        size = int(given * _GIB) or (self._data.prefetch + _SPARE) * largest
         if size < _LEAST_BATCHES * largest:
+            enough = math.ceil(_LEAST_BATCHES * largest / _GIB * 10_000) / 10_000
             raise UserError(
-                f"data.pinned_gib={self._data.pinned_gib:g}: the largest batch takes {largest / _GIB:.3g} GiB, and "
-                f"{_LEAST_BATCHES} must fit; raise {setting} to {_LEAST_BATCHES * largest / _GIB * 1.001:.3g} or more"
+                f"data.pinned_gib={given:g}: the largest batch takes {largest / _GIB:.4f} GiB, and {_LEAST_BATCHES} "
+                f"must fit; raise {setting} to {enough} or more"
             )
         return PinnedPool(
             HostMemory(size, device=self._device, setting=setting), largest=largest, setting=setting
@@ -273,27 +278,26 @@ class _Reader:
         self._submitted.put(planned)
 
     def close(self) -> None:
-        """Drop what has not been read."""
+        """Fail what has not been read."""
         self._stopping = True
         self._submitted.put(None)
-        self._thread.join()
-        for copied, _ in self._on_the_way:  # their memory is about to be used for something else
-            copied.synchronize()
+        if threading.current_thread() is not self._thread:  # where a garbage collection there finds the loader
+            self._thread.join()
 
     def _run(self) -> None:
-        while (planned := self._submitted.get()) is not None and not self._stopping:
+        while (planned := self._submitted.get()) is not None:
             try:
                 self._read(planned)
                 planned.done.set()
             except BaseException as failure:
                 planned.fail(failure)
             del planned  # or its memory would be kept until the next one comes
+        for copied, _ in self._on_the_way:  # their memory is about to be used for something else
+            copied.synchronize()
 
     def _read(self, planned: _Planned) -> None:
         specs = self._specs[size_of(planned.rows.plan.bucket)]
         memory = self._memory(specs.bytes(len(planned.rows.records)))
-        if memory is None:
-            return
         encoded = self._cache.read(planned.rows, specs, self._null, memory, self._tell)
         if self._stream is None:
             planned.encoded = encoded
@@ -304,8 +308,8 @@ class _Reader:
             planned.copied = self._stream.record_event()
         self._on_the_way.append((planned.copied, memory))
 
-    def _memory(self, size: int) -> Tensor | None:
-        """None when it is time to stop."""
+    def _memory(self, size: int) -> Tensor:
+        """Raises RuntimeError when it is time to stop."""
         self.doing = "waiting for memory, all of which the batches in use hold"
         while not self._stopping:
             while self._on_the_way and self._on_the_way[0][0].query():
@@ -313,7 +317,7 @@ class _Reader:
             block = self._pool.take(size, timeout=_POLL_S)
             if block is not None:
                 return block.tensor(torch.uint8, [size])
-        return None
+        raise RuntimeError("the loader was closed before the batch was read")
 
     def _tell(self, path: Path) -> None:
         self.doing = f"reading {path}"

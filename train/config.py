@@ -7,6 +7,7 @@ Every field can be set from the command line as `--section.field value`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,6 +16,8 @@ from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.sampling import SamplingSettings
 from opensora_fast.train.buckets import BucketTable, validate_buckets
+
+_LONGEST_WAIT_S = 1e9  # the system's clocks take little more
 
 
 def _require(good: bool, name: str, value: object, rule: str) -> None:
@@ -41,9 +44,13 @@ class DataSection:
         validate_buckets(self.buckets)
         _require(self.workers >= 1, "data.workers", self.workers, "clips are decoded by processes; use 1 or more")
         _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "use 1 batch or more")
-        _require(self.pinned_gib >= 0, "data.pinned_gib", self.pinned_gib, "use 0 (as needed) or more")
-        _require(self.slow_batch_s > 0, "data.slow_batch_s", self.slow_batch_s, "must be positive")
-        _require(self.batch_timeout_s > 0, "data.batch_timeout_s", self.batch_timeout_s, "must be positive")
+        _require(
+            0 <= self.pinned_gib < math.inf, "data.pinned_gib", self.pinned_gib, "use 0 (as needed) or a number of GiB"
+        )
+        for name in ("slow_batch_s", "batch_timeout_s"):
+            seconds = getattr(self, name)
+            rule = f"use seconds above 0, and at most {_LONGEST_WAIT_S:g}"
+            _require(0 < seconds <= _LONGEST_WAIT_S, f"data.{name}", seconds, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-STAGES = ("queued", "open", "seek", "decode", "collate", "copy")
-"""What a clip goes through: the first four one by one, in a worker; the last two with its batch, in the trainer."""
+STAGES = ("open", "seek", "decode")
+"""What a clip goes through in a worker, in this order."""
 
 _JOB, _STAGE, _SINCE, _COLUMNS = 0, 1, 2, 3
 
@@ -46,7 +46,8 @@ class StatusBoard:
             self._rows[:, _JOB] = -1
 
     def begin(self, worker: int, job: int) -> None:
-        """The worker takes up a job."""
+        """The worker takes up a job, which is seen with its first stage and never with the job's before."""
+        self.enter(worker, STAGES[0])
         self._rows[worker, _JOB] = job
 
     def enter(self, worker: int, stage: str) -> None:
@@ -64,5 +65,7 @@ class StatusBoard:
         return Sight(job=None if job < 0 else job, stage=STAGES[stage], seconds=seconds)
 
     def close(self) -> None:
-        """Give the descriptor up; what is on the board can still be read."""
-        os.close(self.descriptor)
+        """Give the descriptor up; what is on the board can still be read. May be called again."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

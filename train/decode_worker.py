@@ -41,7 +41,6 @@ def main(arguments: list[str]) -> None:
     memory = np.frombuffer(mmap.mmap(memory_fd, bytes, flags=flags), np.uint8)
     board = StatusBoard(workers, board_fd)
     try:
-        connection.send("ready")
         while True:
             job, request, offset, size = connection.recv()
             board.begin(worker, job)

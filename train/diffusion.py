@@ -6,7 +6,9 @@
 Over several ranks that share a batch, each makes the same draws, encodes a part of the clips and prompts, and computes
 the loss of its own video tokens; the mean over all of them is the sum of these parts, weighted by their numbers.
 
-A batch that comes from a cache (`data.cache`) is encoded already: the same draws, and the same loss, without encoders.
+A batch that comes from a cache (`data.cache`) is encoded already: the same draws, without encoders. Its latents,
+embeddings and references have the same bits as far as they were encoded in equal batches, and so has the loss; an
+encoder's last bits may depend on what else is in its batch, and the loss is then equal within rounding.
 
 B batch, C latent channels, T latent frames, H W latent size, N video tokens, L text tokens, D features.
 Source: paper section 4.2 and the released code, which differs from it in sign and in the shift (see

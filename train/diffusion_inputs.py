@@ -50,7 +50,15 @@ def clip_inputs(recipe: DiffusionRecipe, run: Path, device: torch.device, dtype:
         autoencoder=autoencoder,
         text=text,
         layout=autoencoder,
-        loader=training_feed(recipe.data, autoencoder, multiple=multiple, seed=recipe.loop.seed, device=device),
+        loader=training_feed(
+            # in the autoencoder's dtype: it would round the pixels itself, and half of the memory is enough
+            recipe.data,
+            autoencoder,
+            multiple=multiple,
+            seed=recipe.loop.seed,
+            device=device,
+            dtype=dtype,
+        ),
         heldout=fixed_feed(recipe.data.heldout_index, recipe.data, multiple=multiple),
     )
 

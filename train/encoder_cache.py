@@ -5,8 +5,9 @@
 
 One encoder is in memory at a time. What is encoded is listed before (`cache_plan`), each thing once, and goes to shards
 that appear whole or not at all (`cache_store`): what a run that was killed has published stays, and the same command
-goes on behind it, with the same batches and so the same bits. Clips that cannot be read, or whose latent is not finite,
-are dropped; each later run tries them again. DIR/report.json says what was dropped and why, and lists the shards.
+goes on behind it, with the same batches and so the same bits. Clips that cannot be read, whose file is not as large as
+the index says, or whose latent is not finite, are dropped; each later run tries them again. DIR/report.json says what
+was dropped and why, lists the shards, and names the torch and the decoder of the last run.
 
 A cache of an autoencoder that this version does not have can be made elsewhere: `cache_settings` and `cache_store`
 describe its files.
@@ -57,6 +58,7 @@ from opensora_fast.train.diffusion_inputs import require_latent_channels
 from opensora_fast.train.launch import choose_device, override, require_one_process
 from opensora_fast.train.recipes import RECIPES, find_recipe
 from opensora_fast.train.stand_ins import resolve_autoencoder, resolve_data, resolve_text
+from opensora_fast.video_decoder import choose_decoder
 
 GIB = 2**30
 
@@ -118,7 +120,10 @@ def cache_encoders(
     shard, and a folder in which another process is at work.
     """
     diffusion = _require_cacheable(recipe)
-    make_folder(out)
+    try:
+        make_folder(out)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {out}: {error.filename} is a file; name a folder for the cache") from error
     with _alone_in(out):
         remove_unfinished(out, (FILE, REPORT))
         diffusion = _resolved(diffusion, out)
@@ -193,9 +198,9 @@ def _report(plan: CachePlan, settings: CacheSettings, out: Path, made: int) -> C
         pairs=plan.pairs,
         latents=latents,
         prompts_asked=plan.prompts_asked,
-        prompts=len(plan.prompts),
+        prompts=len(plan.prompt_keys_P),
         dropped=dropped,
-        unplaced=plan.unplaced,
+        unplaced=plan.unplaced(),
         shards={path.name: path.stat().st_size for kind in KINDS for path in shard_paths(out, kind)},
         made=made,
     )
@@ -206,7 +211,8 @@ def _report_text(report: CacheReport, recipe: DiffusionRecipe) -> str:
         "dropped": [{"path": path, "reason": reason} for _, path, reason in report.dropped],
         "unplaced": [{"path": path, "reason": reason} for path, reason in report.unplaced],
     }
-    fields = {"recipe": recipe_to_dict(recipe)} | dataclasses.asdict(report) | lists
+    versions = {"torch": torch.__version__, "decoder": choose_decoder().reason}
+    fields = {"recipe": recipe_to_dict(recipe), "versions": versions} | dataclasses.asdict(report) | lists
     return json.dumps(fields, indent=2) + "\n"
 
 

@@ -17,9 +17,15 @@ from opensora_fast.train.loader import Batch, ClipLoader, evaluation_batches
 
 
 def training_feed(
-    data: DataSection, autoencoder: Autoencoder, *, multiple: int, seed: int, device: torch.device
+    data: DataSection,
+    autoencoder: Autoencoder,
+    *,
+    multiple: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> ClipLoader:
-    """Batches of `data.index` for this autoencoder; sides divide by `multiple`.
+    """Batches of `data.index` for this autoencoder, pixels in `dtype`; sides divide by `multiple`.
 
     Raises UserError for an unusable index or bucket table, for frame counts that the autoencoder cannot take, and for
     memory that cannot be had or is too small.
@@ -39,6 +45,7 @@ def training_feed(
         prefetch=data.prefetch,
         pinned_gib=data.pinned_gib,
         device=device,
+        dtype=dtype,
         slow_batch_s=data.slow_batch_s,
         batch_timeout_s=data.batch_timeout_s,
     )
@@ -52,7 +59,14 @@ def fixed_feed(index: str | None, data: DataSection, *, multiple: int, clips: in
         return []
     with _naming(index):
         return evaluation_batches(
-            read_index(Path(index)), data.buckets, multiple=multiple, fps_max=data.fps_max, limit=clips
+            read_index(Path(index)),
+            data.buckets,
+            multiple=multiple,
+            fps_max=data.fps_max,
+            limit=clips,
+            workers=data.workers,
+            slow_clip_s=data.slow_batch_s,
+            clip_timeout_s=data.batch_timeout_s,
         )
 
 

@@ -8,6 +8,7 @@ Columns (parquet or csv)
     aspect_ratio       height / width     } written for readers, computed anew when read
     resolution         height * width     }
     fps                frames per second, 0 for an image
+    bytes              optional: size of the file, empty where unknown; what tells a file from another of its name
     score_vmafmotion   optional: motion score (FFmpeg's vmafmotion), empty where unknown
 
 `index_folder` writes paths below the index's own folder as relative ones, so that the two can be moved together, and
@@ -39,7 +40,8 @@ T = TypeVar("T")
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
-_OPTIONAL = "score_vmafmotion"
+_LARGEST = 2**31 - 1  # frames and pixels: an area fits int64
+_OPTIONAL = ("bytes", "score_vmafmotion")
 _COLUMNS = {
     "path": "large_string",
     "text": "large_string",
@@ -47,13 +49,14 @@ _COLUMNS = {
     "height": "int64",
     "width": "int64",
     "fps": "float64",
-    _OPTIONAL: "float64",
+    "bytes": "int64",
+    "score_vmafmotion": "float64",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipRecord:
-    """One clip.  num_frames 1 and fps 0 mark an image; score_vmafmotion is None where unknown."""
+    """One clip.  num_frames 1 and fps 0 mark an image; bytes and score_vmafmotion are None where unknown."""
 
     path: str
     text: str
@@ -61,6 +64,7 @@ class ClipRecord:
     height: int
     width: int
     fps: float
+    bytes: int | None = None
     score_vmafmotion: float | None = None
 
 
@@ -79,7 +83,7 @@ class IndexReport:
 class ClipIndex(Sequence[ClipRecord]):
     """Records by position; a slice is an index again.
 
-    num_frames, height, width: int64 [N].  fps: float64 [N].
+    num_frames, height, width: int64 [N].  fps: float64 [N].  bytes: int64 [N], -1 where unknown.
     """
 
     def __init__(self, table: pa.Table):
@@ -87,6 +91,7 @@ class ClipIndex(Sequence[ClipRecord]):
         self.num_frames, self.height, self.width, self.fps = (
             table[name].to_numpy() for name in ("num_frames", "height", "width", "fps")
         )
+        self.bytes = table["bytes"].fill_null(-1).to_numpy()
 
     @classmethod
     def from_records(cls, records: Iterable[ClipRecord]) -> ClipIndex:
@@ -100,6 +105,10 @@ class ClipIndex(Sequence[ClipRecord]):
         """The values of all clips in a field of `ClipRecord`; far cheaper than as many records."""
         return self._table[name].to_pylist()
 
+    def take(self, positions: np.ndarray) -> ClipIndex:
+        """The clips at these positions, as an index."""
+        return ClipIndex(self._table.take(positions))
+
     @overload
     def __getitem__(self, position: int) -> ClipRecord: ...
     @overload
@@ -107,7 +116,7 @@ class ClipIndex(Sequence[ClipRecord]):
     def __getitem__(self, position: int | slice) -> ClipRecord | ClipIndex:
         wanted = range(len(self))[position]
         if isinstance(wanted, range):
-            return ClipIndex(self._table.take(np.arange(wanted.start, wanted.stop, wanted.step)))
+            return self.take(np.arange(wanted.start, wanted.stop, wanted.step))
         return ClipRecord(**{name: self._table[name][wanted].as_py() for name in _COLUMNS})
 
 
@@ -126,9 +135,7 @@ def read_index(path: str | Path) -> ClipIndex:
     below_folder = pc.binary_join_element_wise(folder, columns["path"], nothing)
     columns["path"] = pc.if_else(pc.starts_with(columns["path"], "/"), columns["path"], below_folder)
     index = ClipIndex(_table(columns))
-    for name in ("num_frames", "height", "width"):
-        if len(index) and getattr(index, name).min() < 1:
-            raise UserError(f"{path}: column {name!r} has values below 1; drop these rows")
+    _require_usable(index, path)
     return index
 
 
@@ -165,6 +172,7 @@ def index_folder(
                     height=found.height,
                     width=found.width,
                     fps=found.fps,
+                    bytes=path.stat().st_size,
                 )
             )
     if not records:
@@ -218,7 +226,7 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
 
     kind = pa.type_for_alias(_COLUMNS[name])
     if name not in table.column_names:
-        if name == _OPTIONAL:
+        if name in _OPTIONAL:
             return pa.nulls(len(table), kind)
         raise UserError(
             f"{path}: column {name!r} is missing (found: {', '.join(table.column_names)}); "
@@ -230,9 +238,29 @@ def _column(table: pa.Table, name: str, path: Path) -> pa.ChunkedArray:
         raise UserError(f"{path}: column {name!r} does not hold {kind} values ({error}); mend it") from error
     if name in ("text", "fps"):
         return pc.fill_null(column, "" if name == "text" else 0.0)
-    if column.null_count and name != _OPTIONAL:
+    if column.null_count and name not in _OPTIONAL:
         raise UserError(f"{path}: column {name!r} has {column.null_count} empty values; fill them or drop the rows")
     return column
+
+
+def _require_usable(index: ClipIndex, path: Path) -> None:
+    """Raises UserError naming the column with a value that no clip has."""
+    for name in ("num_frames", "height", "width"):
+        column = getattr(index, name)
+        if len(index) and not 1 <= column.min() <= column.max() <= _LARGEST:
+            fault = "values below 1" if column.min() < 1 else f"values above {_LARGEST}"
+            raise UserError(f"{path}: column {name!r} has {fault}; drop these rows")
+    faults = {
+        "values that are negative or no number": ~(np.isfinite(index.fps) & (index.fps >= 0)),
+        "values of 0, or none, for videos": (index.fps == 0) & (index.num_frames > 1),
+    }
+    for fault, of_N in faults.items():
+        if of_N.any():
+            record = index[int(np.argmax(of_N))]
+            raise UserError(
+                f"{path}: column 'fps' has {fault} ({np.count_nonzero(of_N)} in all, such as {record.fps} of "
+                f"{record.path}); mend or drop these rows"
+            )
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -266,8 +294,7 @@ def _write(records: Sequence[ClipRecord], out: Path) -> None:
     before_fps = table.column_names.index("fps")
     table = table.add_column(before_fps, "resolution", pa.array([each.height * each.width for each in records]))
     table = table.add_column(before_fps, "aspect_ratio", pa.array([each.height / each.width for each in records]))
-    if table[_OPTIONAL].null_count == len(table):
-        table = table.drop_columns(_OPTIONAL)
+    table = table.drop_columns([name for name in _OPTIONAL if table[name].null_count == len(table)])
     write = pa_csv.write_csv if out.suffix == ".csv" else parquet.write_table
     with replacing(out) as part:
         out.parent.mkdir(parents=True, exist_ok=True)

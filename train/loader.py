@@ -2,7 +2,7 @@
 
     BucketSampler    which clips make the next batch                   bucket_sampler
     DecodeWorkers    processes that decode into shared memory          decode_workers, decode_worker, decode_watch
-    BatchPipeline    one thread: plans in, laid-out batches out        batch_pipeline
+    BatchPipeline    one thread: plans in, laid-out batches out        batch_pipeline, planned_batch
     ClipLoader       the trainer's side: the state, waiting, reports   here
 
 The state counts the batches handed out, whatever has been decoded ahead, and depends neither on the number of workers
@@ -13,10 +13,12 @@ Shapes   B clips, C = 3, T frames, H height, W width.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -26,12 +28,13 @@ from torch import Tensor
 
 from opensora_fast.errors import UserError
 from opensora_fast.train.batch_memory import take_memory
-from opensora_fast.train.batch_pipeline import BatchPipeline, PlannedBatch
+from opensora_fast.train.batch_pipeline import BatchPipeline
 from opensora_fast.train.bucket_sampler import BatchPlan, BucketSampler, evaluation_plans
 from opensora_fast.train.buckets import BucketTable, thinned_fps
-from opensora_fast.train.dataset import decode_clip
-from opensora_fast.train.decode_workers import DecodeWorkers
+from opensora_fast.train.dataset import ClipRequest, clip_request
+from opensora_fast.train.decode_workers import DecodeWorkers, decode_in_order
 from opensora_fast.train.index import ClipIndex, ClipRecord
+from opensora_fast.train.planned_batch import PlannedBatch
 from opensora_fast.video_decoder import choose_decoder
 from opensora_fast.video_io import to_signed
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from opensora_fast.train.cached_loader import EncodedBatch
 
 _MIB = 2**20
+_CLIPS_FOR_A_WORKER = 4  # of a fixed pass: to start one more process takes as long as to decode a few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,8 @@ class ClipLoader:
     The pixels of a batch lie in memory that is used again when the last tensor made of them is gone: a consumer that
     keeps more batches than there is room for waits for itself, and is told so.
     Raises UserError when the memory cannot be had or does not fit the largest batch, and when a whole epoch gives
-    nothing; RuntimeError naming the file for a fault in decoding that is not the file's.
+    nothing; RuntimeError naming the file for a fault in decoding that is not the file's. These last two come in the
+    batch's turn, and again from every call after that, until the loader is closed or its state is loaded.
     """
 
     def __init__(
@@ -192,38 +197,63 @@ class ClipLoader:
             if planned is not None:
                 return planned
             if limit < self._batch_timeout_s:
-                self._say(f"a batch is late, {limit:g} s so far: {pipeline.where()}")
+                self._say(f"a batch is late, {limit:g} s so far: {pipeline.where().reason}")
+        delay = pipeline.where()
         raise UserError(
-            f"no batch came within data.batch_timeout_s={self._batch_timeout_s:g}: {pipeline.where()}; leave the file "
-            "out, or raise --data.batch_timeout_s"
+            f"no batch came within data.batch_timeout_s={self._batch_timeout_s:g}: {delay.reason}; {delay.remedy}"
         )
 
 
 class EvaluationBatches:
-    """A fixed list of batches, decoded anew, in this process, each time it is iterated; see `evaluation_batches`.
+    """A fixed list of batches, decoded anew each time it is iterated; see `evaluation_batches`.
 
-    Files that cannot be read are left out with a warning that names them.
+    Worker processes decode, some clips ahead, and end with the pass. Clips that cannot be read, that kill their
+    workers or that take too long are left out with a warning that names them.
     """
 
-    def __init__(self, clips: ClipIndex, plans: list[BatchPlan], *, fps_max: float):
-        self._clips, self._plans, self._fps_max = clips, plans, fps_max
+    def __init__(
+        self,
+        clips: ClipIndex,
+        plans: list[BatchPlan],
+        *,
+        fps_max: float,
+        workers: int,
+        slow_clip_s: float,
+        clip_timeout_s: float,
+    ):
+        self._clips, self._plans, self._fps_max, self._workers = clips, plans, fps_max, workers
+        self._slow_clip_s, self._clip_timeout_s = slow_clip_s, clip_timeout_s
 
     def __len__(self) -> int:
         return len(self._plans)
 
     def __iter__(self) -> Iterator[Batch]:
+        if not self._plans:
+            return
+        clips = sum(len(plan.indices) for plan in self._plans)
+        decoded = decode_in_order(
+            self._requests(),
+            buckets={plan.bucket for plan in self._plans},
+            workers=min(self._workers, math.ceil(clips / _CLIPS_FOR_A_WORKER)),
+            slow_s=self._slow_clip_s,
+            limit_s=self._clip_timeout_s,
+        )
+        with closing(decoded):
+            for plan in self._plans:
+                pixels, records = [], []
+                for index, frames_THWC in zip(plan.indices, decoded, strict=False):
+                    if isinstance(frames_THWC, UserError):
+                        warnings.warn(f"left out of an evaluation: {frames_THWC}", stacklevel=2)
+                    else:
+                        pixels.append(torch.from_numpy(frames_THWC).permute(3, 0, 1, 2).contiguous())
+                        records.append(self._clips[index])
+                if records:
+                    yield _batch(plan, records, to_signed(torch.stack(pixels)), self._fps_max)
+
+    def _requests(self) -> Iterator[ClipRequest]:
         for plan in self._plans:
-            pixels, records = [], []
             for index in plan.indices:
-                record = self._clips[index]
-                try:
-                    pixels.append(decode_clip(record, plan.bucket, None, fps_max=self._fps_max))
-                except UserError as error:
-                    warnings.warn(f"left out of an evaluation: {error}", stacklevel=2)
-                else:
-                    records.append(record)
-            if records:
-                yield _batch(plan, records, to_signed(torch.stack(pixels)), self._fps_max)
+                yield clip_request(self._clips[index], plan.bucket, None, fps_max=self._fps_max)
 
 
 def evaluation_batches(
@@ -234,10 +264,19 @@ def evaluation_batches(
     batch_size: int | None = None,
     fps_max: float = 24,
     limit: int | None = None,
+    workers: int = 1,
+    slow_clip_s: float = 30.0,
+    clip_timeout_s: float = 600.0,
 ) -> EvaluationBatches:
-    """The clips of `evaluation_plans`, from their first frames on. Raises UserError when no clip fits."""
+    """The clips of `evaluation_plans`, from their first frames on. Raises UserError when no clip fits.
+
+    workers: processes at most; few clips get fewer. slow_clip_s, clip_timeout_s: seconds of waiting for a clip, after
+    which its file and stage are said, and after which it is left out.
+    """
     plans = evaluation_plans(clips, buckets, multiple=multiple, batch_size=batch_size, fps_max=fps_max, limit=limit)
-    return EvaluationBatches(clips, plans, fps_max=fps_max)
+    return EvaluationBatches(
+        clips, plans, fps_max=fps_max, workers=workers, slow_clip_s=slow_clip_s, clip_timeout_s=clip_timeout_s
+    )
 
 
 def _numbered(device: torch.device) -> torch.device:

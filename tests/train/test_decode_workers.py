@@ -70,6 +70,13 @@ class Slots:
         while not all(job.finished for job in jobs):
             self.workers.poll(None)
 
+    def kill_worker(self):
+        """The one there is; another has its place afterwards."""
+        (process,) = self.workers.processes
+        os.kill(process, signal.SIGKILL)
+        while self.workers.processes == [process]:
+            self.workers.poll(None)
+
     def wait_for_stage(self, job, stage):
         while not any(seen is job and sight and sight.stage == stage for seen, sight in self.workers.sights()):
             self.workers.poll(0.01)
@@ -165,6 +172,89 @@ def test_a_worker_that_cannot_start_is_an_error_and_no_endless_loop(slots, monke
         one.finish(job)
 
 
+def test_workers_that_die_idle_over_and_over_are_an_error(slots):
+    one = slots()
+    for _ in range(3):
+        one.kill_worker()
+    with pytest.raises(RuntimeError, match=r"could not start \(killed by SIGKILL\)"):
+        one.kill_worker()
+
+
+def test_workers_that_die_behind_finished_work_are_replaced_each_time(clips, slots):
+    one = slots()
+    for _ in range(6):
+        one.finish(one.submit(clips / "square.mp4"))
+        one.kill_worker()
+
+
+def no_process(*arguments, **options):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+def test_a_worker_that_cannot_be_replaced_is_one_clear_error_and_closes_nobody_else_s_file(slots, monkeypatch):
+    one = slots()
+    monkeypatch.setattr(subprocess, "Popen", no_process)
+    with pytest.raises(UserError, match=r"--data\.workers=1: the system does not start worker 1 \(.*able\): lower"):
+        one.kill_worker()
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]  # they get the numbers that were given up
+    for _ in range(2):
+        one.workers.close()
+    for other in others:
+        os.close(other)
+
+
+@pytest.mark.parametrize("failing", ["Popen", "pidfd_open"])
+def test_workers_of_which_one_cannot_start_are_all_ended(monkeypatch, failing):
+    made, memory = [], HostMemory(2**20, shared=True)
+    owner = subprocess if failing == "Popen" else os
+    real_start, real = subprocess.Popen, getattr(owner, failing)
+
+    def start(*arguments, **options):
+        made.append(real_start(*arguments, **options))
+        return made[-1]
+
+    calls = iter((real if failing == "pidfd_open" else start, no_process))
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(owner, failing, lambda *arguments, **options: next(calls)(*arguments, **options))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(UserError, match=r"--data\.workers=3: the system does not start worker 2"):
+        DecodeWorkers(3, memory, decoder=DECODER)
+    assert os.listdir("/proc/self/fd") == before
+    assert len(made) == (1 if failing == "Popen" else 2)
+    assert all(process.returncode == -signal.SIGKILL for process in made)
+
+
+def test_what_is_seen_may_be_asked_for_while_jobs_come_and_go(clips, slots):
+    one = slots()
+    job = one.submit(clips / "stuck.mp4")
+    jobs = one.workers._jobs
+
+    class Number(int):
+        """Another job comes when this one is looked up."""
+
+        def __hash__(self):
+            if looking:
+                jobs[len(jobs) + 100] = job
+            return super().__hash__()
+
+    looking = False
+    jobs.update({Number(number): job for number in range(50, 60)})
+    looking = True
+    assert len(one.workers.sights()) == 11
+
+
+def test_a_job_is_withdrawn_unless_a_worker_has_it(clips, slots):
+    one = slots()
+    stuck, next_to_it, waiting, behind = (one.submit(clips / f"{name}.mp4") for name in ["stuck"] + ["square"] * 3)
+    assert [one.workers.withdraw(job) for job in (stuck, next_to_it, waiting, waiting)] == [False, False, True, False]
+    for _ in range(2):
+        one.wait_for_stage(stuck, "open")
+        one.kill_worker()
+    one.finish(stuck, next_to_it, behind)
+    assert not waiting.finished
+    assert one.workers.withdraw(behind)
+
+
 def test_closing_ends_a_worker_that_hangs(clips, slots):
     one = slots(2)
     stuck = one.submit(clips / "stuck.mp4")
@@ -247,6 +337,9 @@ def test_the_board_is_seen_by_who_attaches():
     assert board.look(0).job is board.look(2).job is None
     worker.finish(1)
     assert board.look(1).job is None
+    worker.begin(1, 8)
+    sight = board.look(1)
+    assert (sight.job, sight.stage) == (8, "open"), "not the stage that the job before has ended in"
     worker.close()
     board.close()
 

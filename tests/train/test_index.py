@@ -1,5 +1,6 @@
 """The index: what is measured, what is reported, what can be moved, and what is refused with its name."""
 
+import dataclasses
 import shutil
 
 import pyarrow as pa
@@ -31,7 +32,8 @@ def test_every_clip_is_measured_and_the_unreadable_reported(clips, tmp_path, nam
     captions.write_text(f'path,text\ndeep/b.mp4,"two\nlines, 7"\n{clips}/deep/c.png,12\ngone.mp4,unused\n')
     report = index_folder(clips, tmp_path / name, captions)
     index = read_index(tmp_path / name)
-    assert list(index) == [
+    assert index.bytes.tolist() == [(clips / path).stat().st_size for path in ("a.mp4", "deep/b.mp4", "deep/c.png")]
+    assert [dataclasses.replace(record, bytes=None) for record in index] == [
         ClipRecord(path=f"{clips}/a.mp4", text="from the side car", num_frames=9, height=32, width=48, fps=25.0),
         ClipRecord(path=f"{clips}/deep/b.mp4", text="two\nlines, 7", num_frames=5, height=48, width=32, fps=30.0),
         ClipRecord(path=f"{clips}/deep/c.png", text="12", num_frames=1, height=20, width=40, fps=0.0),
@@ -45,7 +47,8 @@ def test_every_clip_is_measured_and_the_unreadable_reported(clips, tmp_path, nam
 def test_the_written_columns_are_those_of_the_format(clips, tmp_path):
     index_folder(clips, tmp_path / "index.parquet")
     table = pa.parquet.read_table(tmp_path / "index.parquet")
-    assert table.column_names == ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps"]
+    names = ["path", "text", "num_frames", "height", "width", "aspect_ratio", "resolution", "fps", "bytes"]
+    assert table.column_names == names
     assert table["aspect_ratio"].to_pylist() == pytest.approx([32 / 48, 48 / 32, 0.5])
     assert table["resolution"].to_pylist() == [32 * 48, 32 * 48, 800]
 
@@ -79,6 +82,10 @@ def test_a_csv_by_hand_needs_only_the_columns_that_are_read(tmp_path):
     assert (first.text, first.fps, first.score_vmafmotion) == ("", 30.0, 4.2)
     assert (second.text, second.fps, second.score_vmafmotion) == ("7", 0.0, None)
     assert second.path == f"{tmp_path}/y.png"
+    assert (first.bytes, read_index(tmp_path / "index.csv").bytes.tolist()) == (None, [-1, -1])
+
+
+ROWS = "path,text,num_frames,height,width,fps\nx,,5,2,2,24\nimage,,1,2,2,0\n"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,17 @@ def test_a_csv_by_hand_needs_only_the_columns_that_are_read(tmp_path):
         ("path,text,num_frames,height,width,fps\nx,,many,2,2,1\n", "column 'num_frames' does not hold int64 values"),
         ("path,text,num_frames,height,width,fps\nx,,,2,2,1\n", "column 'num_frames' has 1 empty values"),
         ("path,text,num_frames,height,width,fps\nx,,5,0,2,1\n", "column 'height' has values below 1"),
+        ("path,text,num_frames,height,width,fps\nx,,5,3000000000,2,1\n", "column 'height' has values above 2147483647"),
+        (f"{ROWS}y,,5,2,2,inf\n", "column 'fps' has values that are negative or no number .*such as inf"),
+        (
+            f"{ROWS}y,,5,2,2,-5\nz,,1,2,2,-1\n",
+            r"column 'fps' has values that are negative .*\(2 in all, such as -5.0 of",
+        ),
+        (
+            f"{ROWS}y,,5,2,2,0\n",
+            r"column 'fps' has values of 0, or none, for videos .*\(1 in all, such as 0.0 of .*/y\)",
+        ),
+        (f"{ROWS}y,,5,2,2,nan\n", "column 'fps' has values of 0, or none, for videos"),
         ("a\nb,c\n", "cannot be read as an index"),
     ],
 )
@@ -95,6 +113,15 @@ def test_a_bad_index_is_refused_by_file_and_column(tmp_path, content, complaint)
     (tmp_path / "index.csv").write_text(content)
     with pytest.raises(UserError, match=f"index.csv: {complaint}"):
         read_index(tmp_path / "index.csv")
+
+
+def test_a_rate_that_is_no_number_is_refused(tmp_path):
+    rows = {"path": ["x"], "text": [""], "num_frames": [5], "height": [2], "width": [2], "fps": [float("nan")]}
+    pa.parquet.write_table(pa.table(rows), tmp_path / "index.parquet")
+    with pytest.raises(
+        UserError, match=r"column 'fps' has values that are negative or no number \(1 in all, such as nan"
+    ):
+        read_index(tmp_path / "index.parquet")
 
 
 def test_what_cannot_be_indexed_is_said(clips, tmp_path):

@@ -6,6 +6,7 @@ Sampler tests need no files. Loader tests use a few videos of one grey level per
 import dataclasses
 import gc
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import weakref
 from collections import deque
 from itertools import islice
 from multiprocessing.connection import wait
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +25,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opensora_fast.errors import UserError
-from opensora_fast.train import batch_pipeline
+from opensora_fast.train import batch_pipeline, decode_workers, diffusion_inputs, host_memory
 from opensora_fast.train.bucket_sampler import BucketSampler
+from opensora_fast.train.config import DataSection
 from opensora_fast.train.index import ClipIndex, ClipRecord, index_folder, read_index
 from opensora_fast.train.loader import ClipLoader, evaluation_batches
+from opensora_fast.train.recipes import find_recipe
 from opensora_fast.video_decoder import choose_decoder
 from opensora_fast.video_io import read_clip, resize_crop, write_image, write_video
 
@@ -75,15 +79,37 @@ def test_an_epoch_covers_all_but_the_leftovers_of_each_bucket(clips, seed):
     assert left_over <= sum(bucket.batch_size - 1 for bucket in by_bucket)
 
 
+@given(
+    clips=data_sets,
+    segments=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 12)), max_size=4),
+    seed=st.integers(0, 3),
+)
+def test_the_batches_seen_and_their_order_depend_on_no_number_of_ranks(clips, segments, seed):
+    """segments: (ranks, steps) one after the other, each resuming the state that the one before left."""
+    state = None
+    seen = []
+    for world_size, steps in segments:
+        ranks = [sampler(clips, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)]
+        for one in ranks:
+            if state is not None:
+                one.load_state_dict(state)
+        seen += [next(one) for _ in range(steps) for one in ranks]
+        states = [json.loads(json.dumps(one.state_dict())) for one in ranks]
+        assert all(each == states[0] for each in states)
+        state = states[0]
+    alone = sampler(clips, seed=seed)
+    assert seen == [next(alone) for _ in seen]
+    assert state is None or state == alone.state_dict()
+
+
 @given(clips=data_sets, world_size=st.integers(1, 5))
-def test_ranks_share_an_epoch_in_equal_numbers_without_overlap(clips, world_size):
+def test_an_epoch_is_shown_whole_whoever_shares_it(clips, world_size):
     alone = epoch_of(sampler(clips), 1)
-    shares = [epoch_of(sampler(clips, rank=rank, world_size=world_size), 1) for rank in range(world_size)]
-    steps = max(1, len(alone) // world_size)
-    assert [len(share) for share in shares] == [steps] * world_size
-    together = [plan for step in zip(*shares, strict=True) for plan in step]
-    expected = alone[: steps * world_size] or alone
-    assert together == [expected[i % len(alone)] for i in range(steps * world_size)]
+    ranks = [sampler(clips, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = []
+    while not together or together[-1].epoch < 2:
+        together += [next(one) for one in ranks]
+    assert [plan for plan in together if plan.epoch == 1] == alone
 
 
 @given(clips=data_sets, before=st.integers(0, 30), world_size=st.integers(1, 3), data=st.data())
@@ -147,9 +173,9 @@ def test_no_clip_that_fits_is_refused_with_the_reasons():
 
 @given(clips=data_sets, world_size=st.integers(1, 3), steps=st.integers(0, 20))
 def test_a_batch_s_stand_ins_are_the_rest_of_its_epoch_whoever_asks(clips, world_size, steps):
-    alone = epoch_of(sampler(clips), 0)
     one = sampler(clips, rank=world_size - 1, world_size=world_size)
     plan = next(one)
+    alone = epoch_of(sampler(clips), plan.epoch)
     for _ in range(steps):
         next(one)  # it may be epochs ahead by the time the batch is found to be empty
     state = one.state_dict()
@@ -200,6 +226,19 @@ def taken(batches, count):
 
 def same(a, b):
     return torch.equal(a.video_BCTHW, b.video_BCTHW) and (a.plan, a.text, a.paths) == (b.plan, b.text, b.paths)
+
+
+def wait_until(condition):
+    """Ends when it is true, however slow the machine."""
+    pause = threading.Event()
+    while not condition():
+        pause.wait(0.01)
+
+
+def delay(loader):
+    """What its next batch waits for."""
+    iter(loader)
+    return loader._pipeline.where()
 
 
 def alive(process):
@@ -386,15 +425,113 @@ def test_a_mistake_of_ours_ends_the_run_and_names_the_file(open_loader, monkeypa
         next(open_loader(table={"64px": {5: (1.0, 1)}}))
 
 
+@pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (3, 4)])
+def test_a_mistake_of_ours_comes_behind_all_batches_before_it(open_loader, folder, monkeypatch, workers, prefetch):
+    clips, table = read_index(folder / "index.parquet")[:6], {"64px": {5: (1.0, 1)}}
+    order = epoch_of(sampler(clips, table=table), 0)
+    wrong = clips[order[4].indices[0]].path
+    right_request = batch_pipeline.clip_request
+
+    def request(record, *arguments, **options):
+        made = right_request(record, *arguments, **options)
+        return dataclasses.replace(made, interval="two") if record.path == wrong else made
+
+    monkeypatch.setattr(batch_pipeline, "clip_request", request)
+    one = open_loader(clips=clips, table=table, workers=workers, prefetch=prefetch)
+    assert [batch.plan for batch in taken(one, 4)] == order[:4]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=re.escape(wrong)):
+            next(one)
+    assert one.state_dict()["handed_out"] == 4
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Clips of three lengths, and of each length some that cannot be read; and their table."""
+    folder = tmp_path_factory.mktemp("sizes")
+    for frames in (9, 5):
+        write_video(folder / f"{frames}.mp4", torch.rand(3, frames, 64, 64) * 2 - 1, 24)
+    for name in ("broken.png", "broken.mp4"):
+        (folder / name).write_text("neither image nor video")
+    listed = [("broken.png", 1)] * 3 + [("9.mp4", 9)] * 5 + [("5.mp4", 5)] * 4 + [("broken.mp4", 9), ("broken.mp4", 5)]
+    clips = ClipIndex.from_records(
+        ClipRecord(
+            path=f"{folder}/{name}", text="", num_frames=frames, height=64, width=64, fps=0.0 if frames == 1 else 24.0
+        )
+        for name, frames in listed
+    )
+    return clips, {"64px": {9: (1.0, 1), 5: (1.0, 2), 1: (1.0, 1)}}
+
+
+def readable(clips, plan):
+    return [clips[index].path for index in plan.indices if "broken" not in clips[index].path]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_stand_ins_of_any_size_get_the_slots_of_batches_behind_them(open_loader, sizes, workers):
+    clips, table = sizes
+    orders = {seed: epoch_of(sampler(clips, seed=seed, table=table), 0) for seed in range(60)}
+    small_first = [seed for seed, order in orders.items() if order[0].bucket.frames == 1 < order[1].bucket.frames]
+    for seed in small_first[:3]:
+        order, one = orders[seed], open_loader(clips=clips, table=table, workers=workers, seed=seed, batch_timeout_s=60)
+        for plan, batch in zip(order, taken(one, len(order)), strict=True):
+            there = [plan, *sampler(clips, seed=seed, table=table).stand_ins(plan)]
+            expected = next(each for each in there if readable(clips, each))
+            assert batch.plan == expected
+            assert batch.paths == readable(clips, expected)
+        one.close()
+    assert len(small_first) >= 3
+
+
+def test_a_batch_that_waits_for_slots_says_so_and_names_what_holds_them(open_loader, sizes, tmp_path):
+    """An image that cannot be read; behind it only clips that hang, and hold all slots."""
+    clips, table = sizes
+    os.mkfifo(tmp_path / "stuck.mp4")
+    hanging = [dataclasses.replace(clips[3], path=str(tmp_path / "stuck.mp4"), text=str(i)) for i in range(5)]
+    clips = ClipIndex.from_records([clips[0], *hanging])
+    table = {"64px": {9: (1.0, 1), 1: (1.0, 1)}}
+    seed = next(seed for seed in range(60) if next(sampler(clips, seed=seed, table=table)).indices == (0,))
+    one = open_loader(clips=clips, table=table, seed=seed, slow_batch_s=0.1, batch_timeout_s=0.2, say=lambda line: None)
+    wait_until(lambda: "wait for slots" in delay(one).reason)
+    with pytest.raises(
+        UserError,
+        match=r"stuck\.mp4: 1 of 1 clips wait for slots that later ones hold; the workers are at \S*stuck\.mp4 in "
+        r"stage open for \d+ s; leave the file out, or raise",
+    ):
+        next(one)
+
+
+def test_no_file_is_blamed_while_workers_are_started(open_loader, monkeypatch):
+    begin = threading.Event()
+    one = open_loader(slow_batch_s=0.1, batch_timeout_s=0.2, say=lambda line: None)
+    start = batch_pipeline.BatchPipeline._run
+    monkeypatch.setattr(batch_pipeline.BatchPipeline, "_run", lambda pipeline: begin.wait() and start(pipeline))
+    with pytest.raises(UserError, match=r"the workers are being started; raise --data\.batch_timeout_s$"):
+        next(one)
+    begin.set()
+
+
 def test_a_consumer_that_keeps_every_batch_is_told_what_it_waits_for(open_loader):
-    said = []
-    one = open_loader(prefetch=1, slow_batch_s=1.0, batch_timeout_s=4.0, say=said.append)
-    kept = []
-    with pytest.raises(UserError, match=r"within data\.batch_timeout_s=4: .*still hold all pinned memory"):
-        kept.extend(one)
+    said, kept = [], []
+    one = open_loader(prefetch=1, slow_batch_s=0.1, batch_timeout_s=0.2, say=said.append)
+
+    def ready():
+        iter(one)
+        return one._pipeline._has_next()
+
+    def starved():
+        return "still hold all pinned memory" in delay(one).reason
+
+    wait_until(ready)
+    while not starved():
+        if ready():
+            kept.append(next(one))
     assert len(kept) >= 3
-    assert "a batch is late, 1 s so far" in said[-1]
+    with pytest.raises(UserError, match=r"=0\.2: .*hold all pinned memory; keep fewer batches, or raise --data.pinned"):
+        next(one)
+    assert "a batch is late, 0.1 s so far" in said[-1]
     kept.clear()
+    wait_until(ready)
     assert len(next(one).paths) > 0
 
 
@@ -418,9 +555,10 @@ def stuck(folder, tmp_path):
 
 def test_a_decoder_that_hangs_is_named_with_its_stage_and_ends_the_run(open_loader, stuck):
     said = []
-    limits = {"slow_batch_s": 1.0, "batch_timeout_s": 2.0, "say": said.append}
+    limits = {"slow_batch_s": 0.1, "batch_timeout_s": 0.2, "say": said.append}
     one = open_loader(clips=stuck, table={"64px": {5: (1.0, 2)}}, workers=2, **limits)
-    with pytest.raises(UserError, match=r"timeout_s=2: [^,]*stuck\.mp4 in stage open for \d+ s; leave the"):
+    wait_until(lambda: re.fullmatch(r"[^,]*stuck\.mp4 in stage open for \d+ s", delay(one).reason))
+    with pytest.raises(UserError, match=r"timeout_s=0\.2: [^,]*stuck\.mp4 in stage open for \d+ s; leave the file out"):
         next(one)
     assert len(said) == 1
     assert "stuck.mp4 in stage open" in said[0]
@@ -432,11 +570,11 @@ def test_a_clip_that_kills_its_workers_is_tried_again_then_skipped(open_loader, 
 
     def kill_whoever_is_stuck():
         while len(killed) < 2:
-            for process in set(one.worker_processes) - set(killed):
-                if "stuck.mp4 in stage open" in one._pipeline.where():
-                    killed.append(process)
-                    os.kill(process, signal.SIGKILL)
+            wait_until(lambda: set(one.worker_processes) - set(killed) and "stuck.mp4 in stage" in delay(one).reason)
+            killed.extend(set(one.worker_processes) - set(killed))
+            os.kill(killed[-1], signal.SIGKILL)
 
+    iter(one)
     killer = threading.Thread(target=kill_whoever_is_stuck, daemon=True)
     killer.start()
     batches = taken(one, 2)  # an epoch: the clip itself, and its stand-in for the other
@@ -495,8 +633,11 @@ def test_a_batch_that_is_not_laid_out_is_reported_as_such(open_loader, monkeypat
             pass
 
     monkeypatch.setattr(batch_pipeline, "Collator", Never)
-    one = open_loader(slow_batch_s=1.0, batch_timeout_s=4.0, say=lambda line: None)
-    with pytest.raises(UserError, match=r"/[a-f]\.mp4(, \S+)? in stage collate for \d+ s"):
+    one = open_loader(slow_batch_s=0.1, batch_timeout_s=0.2, say=lambda line: None)
+    wait_until(lambda: "in stage collate" in delay(one).reason)
+    with pytest.raises(
+        UserError, match=r"/[a-f]\.mp4(, \S+)? in stage collate for \d+ s; raise --data\.batch_timeout_s"
+    ):
         next(one)
 
 
@@ -514,6 +655,59 @@ def test_opening_and_closing_leaves_nothing(open_loader):
     assert left() == before
 
 
+@pytest.mark.parametrize("name", ["pinned_gib", "slow_batch_s", "batch_timeout_s"])
+@pytest.mark.parametrize("value", [math.inf, math.nan, -1.0])
+def test_settings_that_no_clock_or_memory_takes_are_refused(name, value):
+    with pytest.raises(UserError, match=rf"^data\.{name}={re.escape(str(value))}: use (0|seconds)"):
+        DataSection(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_diffusion_run_lays_batches_out_in_its_autoencoder_s_dtype(folder, tmp_path, monkeypatch, dtype):
+    autoencoder = SimpleNamespace(compression=(4, 8, 8), latent_shape=lambda *size: size)
+    monkeypatch.setattr(diffusion_inputs, "resolve_autoencoder", lambda recipe, run: recipe)
+    monkeypatch.setattr(diffusion_inputs, "resolve_text", lambda text, run, **widths: text)
+    monkeypatch.setattr(diffusion_inputs, "load_encoders", lambda *_: (autoencoder, None))
+    data = DataSection(index=str(folder / "index.parquet"), buckets=GREY_TABLE, workers=1)
+    recipe = dataclasses.replace(find_recipe("demo_stage1"), data=data)
+    inputs = diffusion_inputs.clip_inputs(recipe, tmp_path, torch.device("cpu"), dtype)
+    assert next(iter(inputs.loader)).video_BCTHW.dtype == dtype
+    inputs.loader.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "complaint"),
+    [
+        ({1: (1.0, 1)}, {"workers": 12}, "--data.workers or the resolutions or frames of --data.buckets"),
+        ({5: (1.0, 2)}, {"workers": 12}, "--data.workers or the batch sizes of --data.buckets"),
+        ({5: (1.0, 2)}, {"workers": 1, "prefetch": 4}, "--data.prefetch or the batch sizes of --data.buckets"),
+        ({5: (1.0, 4)}, {"workers": 1}, "the batch sizes of --data.buckets"),
+    ],
+    ids=str,
+)
+def test_memory_for_clips_that_cannot_be_had_names_what_makes_it_less(
+    folder, open_loader, monkeypatch, table, options, complaint
+):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**16)
+    with pytest.raises(UserError, match=rf"^{complaint}: \d+ bytes .* are free: lower {complaint}, or free memory$"):
+        open_loader(table={"64px": table}, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "--data.prefetch or the batch sizes of --data.buckets"),
+        ({"prefetch": 1}, "the batch sizes of --data.buckets"),
+        ({"pinned_gib": 1.0}, "--data.pinned_gib"),
+    ],
+    ids=str,
+)
+def test_pinned_memory_that_cannot_be_had_names_what_makes_it_less(open_loader, monkeypatch, options, complaint):
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 2**20)
+    with pytest.raises(UserError, match=rf"^{complaint}: \d+ bytes .* are free: lower {complaint}, or free memory$"):
+        open_loader(table={"64px": {5: (1.0, 2)}}, **options)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_the_device_equal_those_on_the_host(open_loader):
@@ -521,6 +715,64 @@ def test_batches_on_the_device_equal_those_on_the_host(open_loader):
     for expected, batch in zip(taken(here, 12), taken(there, 12), strict=True):
         assert batch.video_BCTHW.is_cuda
         assert same(expected, dataclasses.replace(batch, video_BCTHW=batch.video_BCTHW.cpu()))
+
+
+def test_evaluation_leaves_out_a_clip_that_hangs_and_goes_on(stuck, monkeypatch, capsys):
+    clock = [0.0]
+
+    class Clocked(decode_workers.DecodeWorkers):
+        """Time passes while the clip hangs, and however long it takes to start a worker, at no other time."""
+
+        def poll(self, timeout, wake=None):
+            sights = [sight for job, sight in self.sights() if job.request.path == stuck[1].path]
+            clock[0] += any(sight is not None and sight.stage == "open" for sight in sights)
+            return super().poll(min(timeout, 0.02), wake)
+
+    monkeypatch.setattr(decode_workers, "DecodeWorkers", Clocked)
+    monkeypatch.setattr(decode_workers, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    clips = ClipIndex.from_records([*stuck, stuck[0]])
+    batches = evaluation_batches(clips, {"64px": {5: (1.0, 3)}}, multiple=16, slow_clip_s=30, clip_timeout_s=60)
+    with pytest.warns(UserWarning, match=r"left out .*stuck\.mp4: not decoded within 60 s \(in stage open for \d+ s\)"):
+        (batch,) = batches
+    assert batch.paths == [stuck[0].path] * 2
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1
+    assert re.fullmatch(r"a clip is late, 30 s so far: \S+/stuck\.mp4 in stage open for \d+ s", said[0])
+
+
+def test_evaluation_leaves_out_a_clip_that_kills_its_workers(stuck, monkeypatch):
+    class Killed(decode_workers.DecodeWorkers):
+        def poll(self, timeout, wake=None):
+            for job, sight in self.sights():
+                if job.request.path == stuck[1].path and sight is not None and sight.stage == "open":
+                    os.kill(self.processes[0], signal.SIGKILL)
+            return super().poll(min(timeout, 0.05), wake)
+
+    monkeypatch.setattr(decode_workers, "DecodeWorkers", Killed)
+    with pytest.warns(
+        UserWarning, match=r"left out .*stuck\.mp4: two loader workers died of it \(killed by SIGKILL in"
+    ):
+        (batch,) = evaluation_batches(stuck, {"64px": {5: (1.0, 3)}}, multiple=16)
+    assert batch.paths == [stuck[0].path]
+
+
+def test_evaluation_takes_more_workers_for_more_clips_and_leaves_none(folder, monkeypatch):
+    started = []
+
+    class Counted(decode_workers.DecodeWorkers):
+        def __init__(self, count, *arguments, **options):
+            super().__init__(count, *arguments, **options)
+            started.extend(self.processes)
+
+    monkeypatch.setattr(decode_workers, "DecodeWorkers", Counted)
+    clips = read_index(folder / "index.parquet")[:8]
+    one, several = (evaluation_batches(clips, GREY_TABLE, multiple=16, workers=workers) for workers in (1, 12))
+    for batch, expected in zip(one, several, strict=True):
+        assert same(batch, expected)
+    assert len(started) == 1 + 2
+    next(iter(several))  # and no more of the pass
+    gc.collect()
+    assert not any(map(alive, started))
 
 
 def test_evaluation_is_the_same_pass_every_time(folder):
