@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 PAGE = 4096
 ENGINES = ["io_uring", "pwrite"]
-LAW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+LAW = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 
 
 class Memory:

@@ -50,7 +50,7 @@ def test_ends_of_the_path(place):
     assert torch.equal(x_t[1], noise[1])
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(t=st.floats(0, 1), step=st.floats(-1, 1))
 def test_velocity_is_the_slope_anywhere(t, step):
     x0, noise = _pair((1, 7), torch.float64, "cpu")

@@ -134,14 +134,14 @@ def assert_equal_within_rounding(ours, theirs, parts):
     torch.testing.assert_close(ours[1], theirs[1], rtol=0, atol=float(16 * EPS * (1 + level)))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(parts=blocks(3))
 def test_associative(parts):
     a, b, c = parts
     assert_equal_within_rounding(merged(merged(a, b), c), merged(a, merged(b, c)), parts)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(parts=blocks(1))
 def test_identity(parts):
     (a,) = parts
@@ -150,7 +150,7 @@ def test_identity(parts):
         assert all(map(torch.equal, ours, a))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(parts=st.integers(2, 6).flatmap(blocks), seed=seeds)
 def test_any_order_of_blocks(parts, seed):
     order = random.Random(seed).sample(parts, len(parts))

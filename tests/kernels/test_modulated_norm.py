@@ -313,7 +313,7 @@ def test_choice_says_why():
     st.integers(1, 8),
     st.none() | st.integers(8, 16),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tiles_cover_every_row_and_fit_the_registers(shape, warps, min_rows, max_rows):
     B, T, D = shape
     tile = choose_tile(shape, warps, stages=2, min_rows=min_rows, max_rows=max_rows)

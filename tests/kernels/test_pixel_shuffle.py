@@ -257,7 +257,7 @@ def any_sizes(draw):
 
 
 @given(any_sizes(), st.sampled_from([CONTIGUOUS, CHANNELS_LAST]), st.randoms(use_true_random=False))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_two_are_adjoint_and_inverse(sizes, layout, random):
     """<mean(x), y> * G = <x, repeat(y)>, and the mean of repeats is what was repeated."""
     integers = torch.Generator().manual_seed(random.randrange(2**31))

@@ -253,7 +253,7 @@ def test_extreme_values(place):
     st.integers(0, 2),
     st.sampled_from([CONTIGUOUS, CHANNELS_LAST]),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_triton_is_the_reference(shape, act, with_residual, pad, layout):
     """The two candidates' own functions, whatever is selected: forward, and every gradient."""
     if reason := launch.missing("cpu"):

@@ -133,7 +133,7 @@ def test_ranks_give_the_velocity_and_gradients_of_one_process(ranks, mesh, text)
     check(ranks, mesh, Way(text=text))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(mesh=st.sampled_from(MESHES), text=st.integers(0, 7), video=st.integers(1, 10))
 def test_any_lengths_can_be_shared_out(ranks, mesh, text, video):
     check(ranks, mesh, Way(text=text, video=video))

@@ -90,7 +90,7 @@ def test_names_and_shapes_are_the_released_ones(name, model_class, config, fused
     assert {key: tuple(tensor.shape) for key, tensor in exported.items()} == released_keys(name)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     layout=st.sampled_from(LAYOUTS),
     axes_dim=st.sampled_from([(2, 2, 2), (4, 6, 2)]),

@@ -50,7 +50,7 @@ CONTENTS = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(contents=CONTENTS, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
 def test_what_is_written_is_what_the_library_reads_and_the_other_way_round(tmp_path_factory, contents, metadata):
     folder = tmp_path_factory.mktemp("files")
@@ -77,7 +77,7 @@ def test_tensors_of_several_files_are_read_together_and_across_chunks(tmp_path, 
         read_files([tmp_path / "0", tmp_path / "0"])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes=st.lists(st.integers(0, 9), max_size=12), limit=st.integers(1, 12))
 def test_shards_keep_order_and_limit(sizes, limit):
     specs = {str(index): TensorSpec(torch.uint8, (size,)) for index, size in enumerate(sizes)}

@@ -140,7 +140,7 @@ def test_an_empty_mask_is_no_condition():
     assert torch.equal(latent, denoise(plain, **arguments | {"mask": None, "reference": None}, **GUIDANCE))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     guidance_txt=st.sampled_from([1.0, 3.0, 7.5]),
     guidance_img=st.sampled_from([0.0, 1.0, 3.0]),

@@ -25,7 +25,7 @@ def plans(draw, decoding=None):
     return tiles(size, overlap, decoding=decoding, shortest=draw(st.integers(1, 2)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(plan=plans(), latents=st.integers(1, 60))
 def test_plan_covers_every_latent_and_ends_at_the_last(plan, latents):
     spans = plan.spans(latents * plan.per_latent_in)
@@ -38,7 +38,7 @@ def test_plan_covers_every_latent_and_ends_at_the_last(plan, latents):
         assert max(stop - start for start, stop in spans) <= plan.size + (plan.overlap == 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(plan=plans(decoding=True), latents=st.integers(1, 30))
 def test_decoding_in_time_gives_what_one_piece_gives_where_tiles_agree(plan, latents):
     latent = torch.randn(2, 1, latents, 1, 2, generator=torch.Generator().manual_seed(latents))
@@ -46,7 +46,7 @@ def test_decoding_in_time_gives_what_one_piece_gives_where_tiles_agree(plan, lat
     torch.testing.assert_close(tile_time(decode, latent, plan), decode(latent))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(plan=plans(decoding=False), rows=st.integers(1, 20), columns=st.integers(1, 20))
 def test_encoding_in_space_gives_what_one_piece_gives_where_tiles_agree(plan, rows, columns):
     video = torch.randn(1, 1, 1, rows * COMPRESSION, columns * COMPRESSION)
@@ -54,7 +54,7 @@ def test_encoding_in_space_gives_what_one_piece_gives_where_tiles_agree(plan, ro
     torch.testing.assert_close(tile_space(encode, video, plan), encode(video))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(latents=st.integers(2, 40))
 def test_no_frames_are_lost_to_a_lone_last_latent(latents):
     """The released tiles, 8 latents every 6: at 6k + 1 the last one would hold a lone latent, decoded to one frame."""

@@ -55,7 +55,7 @@ def test_every_value_has_the_bits_of_the_formula(collators, dtype):
         assert same_bits(out[0, channel].flatten(), formula)
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES), which=st.integers(0, 1))
 def test_batches_have_the_bits_of_the_formula(collators, data, dtype, which):
     batch, frames, height = (data.draw(st.integers(1, 4)) for _ in range(3))

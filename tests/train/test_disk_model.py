@@ -114,7 +114,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(steps, max_size=25), st.integers(0, 1000))
 def test_the_model_follows_a_real_folder_and_a_full_sync_keeps_all_of_it(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple], seed: int

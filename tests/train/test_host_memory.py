@@ -164,7 +164,7 @@ def test_the_tightest_control_group_counts(tmp_path):
     assert host_memory._group_limits(tmp_path / "nothing", "0::/\n") == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data(), threads=st.integers(1, 4))
 def test_copies_put_each_byte_where_it_belongs(data, threads):
     sizes = data.draw(st.lists(st.one_of(st.integers(0, 70), st.integers(0, 700_000)), max_size=8))

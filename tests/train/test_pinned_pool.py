@@ -114,7 +114,7 @@ class Arena(RuleBasedStateMachine):
 
 
 TestArena = Arena.TestCase
-TestArena.settings = settings(deadline=None, max_examples=150, stateful_step_count=40)
+TestArena.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 @given(bytes=st.integers(1, 2**40))
