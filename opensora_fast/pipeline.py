@@ -28,7 +28,8 @@ from opensora_fast.checkpoint_folder import (
 from opensora_fast.conditions import reference_frames
 from opensora_fast.config import MMDiTConfig, config_from_dict
 from opensora_fast.errors import UserError
-from opensora_fast.sampling import SamplingSettings, output_size, sample
+from opensora_fast.sampling import sample
+from opensora_fast.sampling_settings import SamplingSettings, output_size
 from opensora_fast.video_io import probe, read_clip, read_image, resize_crop, write_image, write_video
 
 # option -> (field of SamplingSettings, help)

@@ -23,44 +23,16 @@ import torch
 from torch import Tensor
 
 from opensora_fast.autoencoder import Autoencoder
-from opensora_fast.conditions import condition_frames, condition_tokens, sampling_condition
+from opensora_fast.conditions import condition_tokens, sampling_condition
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
+from opensora_fast.guidance import Guidance
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import patchify, position_ids_THW, unpatchify
 from opensora_fast.prompts import with_suffix
-from opensora_fast.resolutions import video_size
+from opensora_fast.sampling_settings import SamplingSettings, output_size
 from opensora_fast.text import TextEncoders
-
-_STEADY_STEPS = 10  # guidance does not oscillate in these first steps, which lay out the scene
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """What to make and how. Raises UserError for values out of range; whether sizes suit the models, `sample` says."""
-
-    resolution: str = "256px"
-    aspect_ratio: str = "16:9"
-    frames: int = 129
-    fps: int = 24
-    steps: int = 50
-    guidance: float = 7.5  # of the text; 1 is none
-    guidance_image: float = 3.0  # of the condition; 1 is none
-    motion_score: float | None = 4.0  # None: no word about motion, as a model trained without scores expects
-    seed: int = 0
-    oscillate_text: bool = True
-    oscillate_image: bool = True
-    dynamic_image_guidance: bool = True  # i2v: guidance_image grows from 1 at the first latent frame to the last
-
-    def __post_init__(self) -> None:
-        for name in ("frames", "fps", "steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.motion_score is not None and self.motion_score < 0:
-            raise UserError(f"motion_score={self.motion_score}: must not be negative; useful values are 1 to 15")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: must not be negative")
 
 
 @torch.no_grad()
@@ -113,30 +85,6 @@ def sample(
     latent_BCTHW = torch.where(mask_B1THW.bool(), reference_BCTHW, latent_BCTHW)
     video_BCFHW = autoencoder.decode(latent_BCTHW)
     return video_BCFHW[:, :, : settings.frames].float().clamp(-1, 1)
-
-
-def output_size(
-    config: MMDiTConfig, autoencoder: Autoencoder, settings: SamplingSettings, condition: str = "t2v"
-) -> tuple[int, int]:
-    """(height, width) in pixels that the settings stand for with these models.
-
-    Raises UserError for unknown names, for a number of frames that the autoencoder does not give back, and for a
-    condition that the model does not take or that leaves nothing of so few frames to make.
-    """
-    if condition != "t2v" and not config.cond_embed:
-        raise UserError(f"condition {condition!r}: this model takes no image or video (cond_embed=False); drop it")
-    multiple = autoencoder.compression[1] * config.patch_size
-    size = video_size(settings.resolution, settings.aspect_ratio, multiple, training=False)
-    latent_frames, _, _ = autoencoder.latent_shape(settings.frames, *size)
-    if autoencoder.frames_of(latent_frames) < settings.frames:
-        raise UserError(
-            f"frames={settings.frames}: the autoencoder decodes them to {autoencoder.frames_of(latent_frames)}; "
-            f"use 1, or at least {settings.frames + autoencoder.compression[0]}"
-        )
-    if latent_frames == 1 and condition != "t2v":
-        raise UserError(f"frames={settings.frames}: an image cannot begin or end with one; make a video")
-    condition_frames(condition, latent_frames, autoencoder.causal)
-    return size
 
 
 @torch.no_grad()
@@ -210,42 +158,6 @@ def denoise(
         if on_step is not None:
             on_step(step + 1)
     return state_BCTHW
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """How strongly each of a step's predictions counts."""
-
-    text: float
-    image: float
-    oscillate_text: bool
-    oscillate_image: bool
-    dynamic_image: bool
-    num_steps: int
-    latent_frames: int
-
-    def weights(self, step: int, *, conditioned: bool) -> dict[str, Tensor]:
-        """Weight of every prediction of 0-based `step` per latent frame: [T] or [1] float64 on the CPU, summing to 1.
-
-        Keys: "text" (c), "condition" (u1, only when conditioned) and "nothing" (u2).
-        """
-        text = torch.tensor([self._scale(self.text, self.oscillate_text, step)], dtype=torch.float64)
-        if not conditioned:
-            return {"text": text, "nothing": 1 - text}
-        image_T = self._image_scale(step)
-        return {"text": text, "condition": image_T - text, "nothing": 1 - image_T}
-
-    @staticmethod
-    def _scale(scale: float, oscillate: bool, step: int) -> float:
-        steady = step < _STEADY_STEPS or step % 2 == 0 or not oscillate
-        return scale if steady else 1.0
-
-    def _image_scale(self, step: int) -> Tensor:
-        scale = self._scale(self.image, self.oscillate_image, step)
-        if not (self.dynamic_image and scale > 1):
-            return torch.tensor([scale], dtype=torch.float64)
-        last = scale + (1 - scale) * step / self.num_steps
-        return torch.linspace(1, last, self.latent_frames, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from opensora_fast.errors import UserError
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.bucket_sampler import BucketSampler
 from opensora_fast.train.buckets import Bucket, reachable
 from opensora_fast.train.decode_workers import slot_bytes
-from opensora_fast.train.host_memory import HostMemory
 from opensora_fast.train.index import ClipIndex
 from opensora_fast.train.pinned_pool import PinnedPool, block_bytes
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.bucket_sampler import BatchPlan, BucketSampler, evaluation_plans
 from opensora_fast.train.buckets import reachable, thinned_fps
 from opensora_fast.train.cache_plan import Clips, plan_cache
@@ -32,7 +33,6 @@ from opensora_fast.train.cache_reader import EncodedBatch, EncoderCache, Rows, R
 from opensora_fast.train.cache_settings import conditions_of
 from opensora_fast.train.cache_store import REPORT
 from opensora_fast.train.config import DataSection, DiffusionRecipe
-from opensora_fast.train.host_memory import HostMemory
 from opensora_fast.train.loader import Batch
 from opensora_fast.train.pinned_pool import PinnedPool, block_bytes
 

@@ -14,7 +14,7 @@ from typing import Literal
 from opensora_fast.conditions import CONDITIONS
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
-from opensora_fast.sampling import SamplingSettings
+from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.train.buckets import BucketTable, validate_buckets
 
 _LONGEST_WAIT_S = 1e9  # the system's clocks take little more

@@ -32,10 +32,10 @@ import torch
 
 from opensora_fast.errors import UserError
 from opensora_fast.frame_sizes import centre
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.buckets import Bucket
 from opensora_fast.train.dataset import ClipRequest
 from opensora_fast.train.decode_watch import Sight, StatusBoard
-from opensora_fast.train.host_memory import HostMemory
 from opensora_fast.train.pinned_pool import Block, PinnedPool, block_bytes
 from opensora_fast.video_decoder import DecoderName, choose_decoder
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.native import native
-from opensora_fast.train.host_memory import HostMemory
 
 _GIB = 2**30
 

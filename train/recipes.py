@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
-from opensora_fast.sampling import SamplingSettings
+from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.train.buckets import BucketTable
 from opensora_fast.train.config import (
     AutoencoderRecipe,

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.tensor import DTensor
 
 from opensora_fast.checkpoint_reader import PAGE, paged
-from opensora_fast.train.host_memory import HostMemory, copy
+from opensora_fast.host_memory import HostMemory, copy
 
 ARENAS = 2
 _SETTING = "the copies of the state that checkpoints are written from"

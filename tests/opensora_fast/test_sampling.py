@@ -14,7 +14,8 @@ from opensora_fast.flow import sampling_schedule
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import patchify, unpatchify
 from opensora_fast.released import load_released_mmdit
-from opensora_fast.sampling import SamplingSettings, denoise, output_size, sample
+from opensora_fast.sampling import denoise, sample
+from opensora_fast.sampling_settings import SamplingSettings, output_size
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.collate import ClipPixels, Collator
-from opensora_fast.train.host_memory import HostMemory
 from opensora_fast.train.pinned_pool import PinnedPool
 from opensora_fast.video_io import to_signed
 

@@ -15,12 +15,12 @@ import torch
 
 from opensora_fast.errors import UserError
 from opensora_fast.frame_sizes import covering_size
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train import decode_worker, decode_workers
 from opensora_fast.train.buckets import Bucket
 from opensora_fast.train.dataset import ClipRequest
 from opensora_fast.train.decode_watch import STAGES, StatusBoard
 from opensora_fast.train.decode_workers import DecodeWorkers, Job, decode_in_order, slot_bytes
-from opensora_fast.train.host_memory import HostMemory
 from opensora_fast.train.pinned_pool import PinnedPool, block_bytes
 from opensora_fast.video_decoder import choose_decoder
 from opensora_fast.video_io import read_clip, resize_crop_uint8, write_video
@@ -268,7 +268,7 @@ TRAINER = """
 import sys
 from opensora_fast.train.decode_workers import DecodeWorkers, Job, slot_bytes
 from opensora_fast.train.dataset import ClipRequest
-from opensora_fast.train.host_memory import HostMemory
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.pinned_pool import PinnedPool
 
 memory = HostMemory(2**20, shared=True)

@@ -24,8 +24,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from opensora_fast import host_memory
 from opensora_fast.errors import UserError
-from opensora_fast.train import batch_pipeline, decode_workers, diffusion_inputs, host_memory
+from opensora_fast.train import batch_pipeline, decode_workers, diffusion_inputs
 from opensora_fast.train.bucket_sampler import BucketSampler
 from opensora_fast.train.config import DataSection
 from opensora_fast.train.index import ClipIndex, ClipRecord, index_folder, read_index

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-from opensora_fast.train.host_memory import HostMemory
+from opensora_fast.host_memory import HostMemory
 from opensora_fast.train.pinned_pool import Block, PinnedPool, block_bytes
 
 PAGE, MIB = 4096, 2**20

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from opensora_fast import host_memory
 from opensora_fast.errors import UserError
-from opensora_fast.train import host_memory
-from opensora_fast.train.host_memory import HostMemory, copy
+from opensora_fast.host_memory import HostMemory, copy
 
 MIB = 2**20
 HUGE_PAGE = 2 * MIB
@@ -96,7 +96,7 @@ def test_shared_memory_is_the_same_in_another_process():
     memory = HostMemory(3 * MIB, shared=True)
     memory.tensor[MIB] = 5
     program = f"""
-from opensora_fast.train.host_memory import HostMemory
+from opensora_fast.host_memory import HostMemory
 memory = HostMemory.attach({memory.descriptor}, {memory.bytes})
 assert memory.tensor[{MIB}] == 5
 memory.tensor[-1] = 6

@@ -1,0 +1,1 @@
+../../opensora_fast/host_memory.py
