@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from opensora_fast.errors import UserError
+
 
 class LatentLayout(Protocol):
     """How latents relate to videos."""
@@ -48,3 +50,13 @@ class StoredLayout:
     latent_channels: int
     compression: tuple[int, int, int]
     causal: bool
+
+
+def require_multiple(name: str, value: int, compression: int, also: str = "") -> None:
+    """Raises UserError naming the nearest sizes unless the compression divides a size; `also` names another one."""
+    below = value // compression * compression
+    if value <= 0 or value != below:
+        nearest = f"{below} or {below + compression}" if below > 0 else f"{also}{compression}"
+        raise UserError(
+            f"{name}={value} does not fit the autoencoder: use {nearest} ({also}a multiple of {compression})"
+        )

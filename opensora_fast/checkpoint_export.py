@@ -1,10 +1,13 @@
-"""A checkpoint's weights as safetensors, in the released layout or in diffusers', without the model in memory.
+"""Weights as safetensors in the released layout or in diffusers', from a run or from either, without them in memory.
 
-    plan     what every tensor of the result will be, from the manifest and the architecture on the meta device: names,
-             shapes, sizes and so the files' headers are known before anything is read
-    write    groups of our parameters are read (verified against the manifest) and translated, and their tensors go
-             into the files in this order. At most READ_BYTES of parameters, or one that is larger, are in memory, with
-             a reordered and a converted copy of one of them.
+    plan     what every tensor of the result will be, from the source's names and shapes and the architecture on the
+             meta device: so the files' headers are known before anything is read
+    write    groups of our parameters are read (those of a run verified against its manifest) and translated, and their
+             tensors go into the files in this order. At most READ_BYTES of parameters, or one that is larger, are in
+             memory, with a reordered and a converted copy of one of them.
+
+Both directions are exact: exported to the other layout and back, every tensor has its bits again. (One thing is
+computed, and undone through a side file: see `diffusers_layout`.)
 
 Everything is written under a temporary name beside `out`, synced, and renamed: `out` is whole or not there.
 """
@@ -23,14 +26,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from opensora_fast.checkpoint_folder import Weights
-from opensora_fast.checkpoint_reader import CheckpointReader
-from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
-from opensora_fast.dc_ae import VideoDCAE
-from opensora_fast.diffusers_layout import diffusers_config, diffusers_parts, to_diffusers
+from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
+from opensora_fast.diffusers_layout import (
+    BIASES,
+    BIASES_FILE,
+    biases_file,
+    diffusers_config,
+    diffusers_parts,
+    diffusers_vae_config,
+    to_diffusers,
+)
 from opensora_fast.errors import UserError
-from opensora_fast.mmdit import MMDiT
 from opensora_fast.native import native
+from opensora_fast.parameter_source import ParameterSource, read_parameters
 from opensora_fast.released import StateDict, to_released
 from opensora_fast.safetensors_file import TensorSpec, write_file, write_json, write_shards
 
@@ -45,7 +53,8 @@ RELEASED_LAYOUT = {"fused_qkv": False, "use_liger_rope": True}  # of the release
 class Translation(NamedTuple):
     """From our parameters to the tensors of a layout."""
 
-    config: dict[str, Any]  # as load_released_mmdit and load_released_dc_ae take it, or diffusers' config.json
+    config: dict[str, Any]  # the architecture, and how this layout holds it: each file's metadata has it
+    class_config: dict[str, Any] | None  # diffusers' config.json
     parts: list[Part]
     translate: Callable[[Mapping[str, Tensor]], StateDict]  # of one part
 
@@ -54,11 +63,11 @@ class Translation(NamedTuple):
 class Export:
     """What will be written; nothing of it was read."""
 
-    reader: CheckpointReader
-    weights: Weights
+    source: ParameterSource
     layout: Layout
     translation: Translation
     specs: dict[str, TensorSpec]  # of the result, in the order in which its tensors are made
+    dtype: torch.dtype | None
 
     @property
     def bytes(self) -> int:
@@ -67,9 +76,9 @@ class Export:
     def write(self, out: Path, *, shard_bytes: int, on_bytes: Callable[[int], None] = lambda count: None) -> None:
         """Make `out`: one file where its name ends in .safetensors, otherwise a folder of shards with their index.
 
-        A released layout's configuration is in the metadata of each file, under "config"; diffusers' is config.json.
+        The configuration is in the metadata of each file, under "config"; diffusers' is config.json besides.
         `on_bytes` is called with the bytes of every tensor that was written. Raises UserError when `out` exists, when a
-        tensor does not match its checksum, or with the system's reason; `out` is then as it was.
+        tensor cannot be read or does not match its checksum, or with the system's reason; `out` is then as it was.
         """
         check_out(out, self.layout)
         temporary = out.with_name(f"{out.name}.partial-{uuid.uuid4().hex[:8]}")
@@ -81,8 +90,9 @@ class Export:
             else:
                 temporary.mkdir()
                 write_shards(temporary, STEMS[self.layout], self.specs, tensors, self._metadata(), shard_bytes)
-                if self.layout == "diffusers":
-                    write_json(temporary / "config.json", self.translation.config)
+                if self.translation.class_config is not None:
+                    write_json(temporary / "config.json", self.translation.class_config)
+                    self._write_biases(temporary / BIASES_FILE)
                 files.sync_folder(str(temporary))
             files.rename(str(temporary), str(out))
             files.sync_folder(str(out.parent))
@@ -94,60 +104,53 @@ class Export:
                 f"--out {out}: not written ({error.strerror or error}): free space, or name another place"
             ) from error
 
+    def _write_biases(self, path: Path) -> None:
+        """The two biases of which diffusers' layout has the sum; nothing of other models."""
+        config = self.source.config
+        if not isinstance(config, MMDiTConfig) or not config.cond_embed:
+            return
+        tensors = biases_file(read_parameters(self.source, BIASES), config)
+        tensors = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_file(path, specs, iter(tensors.items()), {"format": "pt"})
+
     def _metadata(self) -> dict[str, str]:
         """What each file says of itself; "format" is what other readers ask for."""
-        origin = {"format": "pt", "step": str(self.reader.manifest.step), "weights": self.weights}
-        return origin | ({"config": json.dumps(self.translation.config)} if self.layout == "released" else {})
+        return {"format": "pt"} | self.source.origin | {"config": json.dumps(self.translation.config)}
 
     def _tensors(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
-        stored = {name: self.reader.manifest.tensors[f"{self.weights}.{name}"] for name in self._names()}
-        for group in _groups(self.translation.parts, {name: record.bytes for name, record in stored.items()}):
-            ours = {name: torch.empty(stored[name].shape, dtype=stored[name].dtype) for part in group for name in part}
-            self.reader.read({f"{self.weights}.{name}": tensor for name, tensor in ours.items()})
+        for group in _groups(self.translation.parts, self.source.specs):
+            ours = read_parameters(self.source, [name for part in group for name in part])
             for part in group:
                 theirs = self.translation.translate({name: ours.pop(name) for name in part})
                 for key in list(theirs):
                     yield key, theirs.pop(key).to(self.specs[key].dtype)  # held by whoever asked, and by nobody else
                     on_bytes(self.specs[key].bytes)
 
-    def _names(self) -> list[str]:
-        return [name for part in self.translation.parts for name in part]
-
 
 def plan_export(
-    step_folder: Path,
+    source: ParameterSource,
     *,
-    weights: Weights | None = None,
     layout: Layout = "released",
     dtype: torch.dtype | None = None,
     fused_qkv: bool = RELEASED_LAYOUT["fused_qkv"],
     use_liger_rope: bool = RELEASED_LAYOUT["use_liger_rope"],
 ) -> Export:
-    """What exporting a checkpoint will write; of the checkpoint its manifest alone is read.
+    """What exporting the parameters of `open_parameters` will write; nothing more of them is read.
 
-    `weights` None takes the moving average if there is one; `dtype` None keeps the stored one. `fused_qkv` and
-    `use_liger_rope` are those of `load_released_mmdit`; an autoencoder, and diffusers' layout, have no such choice.
-    Raises UserError when the checkpoint cannot be read, lacks these weights, or does not fit the layout.
+    `dtype` None keeps the stored one. `fused_qkv` and `use_liger_rope` are those of `load_released_mmdit`; an
+    autoencoder, and diffusers' layout, have no such choice. Raises UserError when the model does not fit the layout.
     """
-    reader = CheckpointReader(step_folder)
-    stored = reader.manifest.tensors
-    averaged = any(name.startswith("ema.") for name in stored)
-    if weights == "ema" and not averaged:
-        raise UserError(f"--weights ema: checkpoint {step_folder} keeps no moving average; use --weights model")
-    weights = weights or ("ema" if averaged else "model")
-    model = _on_meta(reader)
-    if layout == "diffusers":
-        translation = _to_diffusers(model)
-    else:
-        translation = _to_released(model, {"fused_qkv": fused_qkv, "use_liger_rope": use_liger_rope})
-    reader.check_fit({f"{weights}.{name}": tensor for name, tensor in model.state_dict().items()})
+    form = {"fused_qkv": fused_qkv, "use_liger_rope": use_liger_rope}
+    translation = _to_diffusers(source) if layout == "diffusers" else _to_released(source, form)
     specs = {}
     for part in translation.parts:
-        records = {name: stored[f"{weights}.{name}"] for name in part}
-        ours = {name: torch.empty(r.shape, dtype=r.dtype, device="meta") for name, r in records.items()}
+        ours = {
+            name: torch.empty(source.specs[name].shape, dtype=source.specs[name].dtype, device="meta") for name in part
+        }
         for key, tensor in translation.translate(ours).items():
             specs[key] = TensorSpec(dtype or tensor.dtype, tuple(tensor.shape))
-    return Export(reader, weights, layout, translation, specs)
+    return Export(source, layout, translation, specs, dtype)
 
 
 def check_out(out: Path, layout: Layout) -> None:
@@ -158,50 +161,39 @@ def check_out(out: Path, layout: Layout) -> None:
         raise UserError(f"--out {out}: diffusers reads a folder with a config.json; name a folder")
 
 
-def _on_meta(reader: CheckpointReader) -> MMDiT | VideoDCAE:
-    recipe = reader.manifest.recipe
-    with torch.device("meta"):
-        if "model" in recipe:
-            return MMDiT(config_from_dict(MMDiTConfig, recipe["model"]))
-        if "autoencoder" in recipe:
-            return VideoDCAE(config_from_dict(VideoDCAEConfig, recipe["autoencoder"]["config"]))
-    raise UserError(
-        f"checkpoint {reader.step_folder} (recipe {recipe.get('name')}) holds neither a transformer nor an "
-        "autoencoder: name another one"
-    )
-
-
-def _to_released(model: MMDiT | VideoDCAE, form: dict[str, bool]) -> Translation:
-    parts: list[Part] = [(name,) for name in model.state_dict()]
-    if isinstance(model, VideoDCAE):  # whose names are the released ones
-        return Translation(asdict(model.config), parts, dict)
-    config = model.config
+def _to_released(source: ParameterSource, form: dict[str, bool]) -> Translation:
+    parts: list[Part] = [(name,) for name in source.specs]
+    config = source.config
+    if not isinstance(config, MMDiTConfig):  # autoencoders, whose names are the released ones
+        return Translation(asdict(config), None, parts, dict)
 
     def translate(part: Mapping[str, Tensor]) -> StateDict:
         ((name, tensor),) = part.items()
         return to_released(name, tensor, config, form)
 
-    return Translation(asdict(config) | form, parts, translate)
+    return Translation(asdict(config) | form, None, parts, translate)
 
 
-def _to_diffusers(model: MMDiT | VideoDCAE) -> Translation:
-    if isinstance(model, VideoDCAE):
+def _to_diffusers(source: ParameterSource) -> Translation:
+    config = source.config
+    if isinstance(config, VideoDCAEConfig):
         raise UserError(
-            "--layout diffusers: the checkpoint holds a Video DC-AE, and diffusers' AutoencoderDC is of images alone: "
-            "use --layout released"
+            "--to diffusers: the checkpoint holds a Video DC-AE, and diffusers' AutoencoderDC is of images alone: use "
+            "--to released"
         )
-    config = model.config
+    if isinstance(config, HunyuanVAEConfig):  # which has the class's own names
+        return Translation(asdict(config), diffusers_vae_config(config), [(name,) for name in source.specs], dict)
     return Translation(
-        diffusers_config(config), diffusers_parts(model.state_dict()), lambda part: to_diffusers(part, config)
+        asdict(config), diffusers_config(config), diffusers_parts(source.specs), lambda part: to_diffusers(part, config)
     )
 
 
-def _groups(parts: list[Part], sizes: Mapping[str, int]) -> Iterator[list[Part]]:
+def _groups(parts: list[Part], specs: Mapping[str, TensorSpec]) -> Iterator[list[Part]]:
     """The parts in order, in groups of at most READ_BYTES bytes, or of one part that is larger."""
     group: list[Part] = []
     filled = 0
     for part in parts:
-        part_bytes = sum(sizes[name] for name in part)
+        part_bytes = sum(specs[name].bytes for name in part)
         if group and filled + part_bytes > READ_BYTES:
             yield group
             group, filled = [], 0

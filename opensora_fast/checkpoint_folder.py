@@ -3,8 +3,8 @@
     RUN/recipe.json, RUN/LATEST ("step-N"), RUN/step-N/{manifest.json, rank-R-I.bin}
 
 Tensors are flat: `model.NAME` (fp32 masters), `ema.NAME` where a moving average was kept, and the optimiser's moments.
-The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (`config`, and for diffusion runs
-`weights`: the run or checkpoint that holds them), `text` (`t5`, `clip`, `max_length_t5`, `max_length_clip`),
+The recipe's sections that are read here: `model` (MMDiTConfig), `autoencoder` (`kind`, `config`, and for diffusion runs
+`weights`: the run, checkpoint or file that holds them), `text` (`t5`, `clip`, `max_length_t5`, `max_length_clip`),
 `sampling_defaults`.
 """
 
@@ -21,12 +21,16 @@ from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
+from opensora_fast.hunyuan_vae import HunyuanVAE
 from opensora_fast.manifest import MANIFEST, read_manifest
 from opensora_fast.mmdit import MMDiT
-from opensora_fast.released import load_released_dc_ae, read_weights
+from opensora_fast.released import load_dc_ae_from, load_hunyuan_vae_from
+from opensora_fast.released_form import kind_of
 from opensora_fast.text import TextEncoders
+from opensora_fast.weight_files import WeightFiles
 
 STEP_FOLDER = "step-{}"
+AUTOENCODER_KINDS = {"hunyuan": "Hunyuan autoencoder", "video_dc_ae": "Video DC-AE"}
 _STEP_RULE = re.compile(r"step-(0|[1-9][0-9]*)")
 Weights = Literal["ema", "model"]
 
@@ -60,6 +64,11 @@ def read_recipe(step_folder: Path) -> dict:
     return read_manifest(step_folder).recipe
 
 
+def best_weights(reader: CheckpointReader) -> Weights:
+    """The moving average where the checkpoint has one, otherwise the last weights."""
+    return "ema" if any(name.startswith("ema.") for name in reader.manifest.tensors) else "model"
+
+
 def load_mmdit(step_folder: Path, weights: Weights | None, device: torch.device, dtype: torch.dtype) -> MMDiT:
     """The transformer of a checkpoint, for evaluation. `weights` None takes the moving average if there is one."""
     reader = CheckpointReader(step_folder)
@@ -70,19 +79,21 @@ def load_mmdit(step_folder: Path, weights: Weights | None, device: torch.device,
         )
     with torch.device("meta"):
         model = MMDiT(config_from_dict(MMDiTConfig, recipe["model"]))
-    _fill(model, reader, weights)
-    return model.to(device, dtype).eval().requires_grad_(False)
+    _fill(model, reader, weights, device, dtype)
+    return model.eval().requires_grad_(False)
 
 
-def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) -> VideoDCAE:
+def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) -> VideoDCAE | HunyuanVAE:
     """The autoencoder of a recipe's `autoencoder` section, for evaluation, in its convolutions' memory format.
 
-    `section["weights"]` is a run or checkpoint, whose own configuration counts, or released weights laid out as
-    `section["config"]`.
+    `section["weights"]` is a run or checkpoint, whose own configuration counts, or released weights of the `kind` and
+    `config` that the section says. Raises UserError for weights that are none or others, and for a Hunyuan autoencoder
+    without diffusers.
     """
     path = Path(section["weights"])
+    model: VideoDCAE | HunyuanVAE
     if path.is_file() or any(path.glob("*.safetensors*")):
-        model = load_released_dc_ae(read_weights(path), section["config"])
+        model = _load_released_autoencoder(path, section, device, dtype)
     else:
         step_folder = find_checkpoint(path)
         reader = CheckpointReader(step_folder)
@@ -91,13 +102,35 @@ def load_autoencoder(section: dict, device: torch.device, dtype: torch.dtype) ->
             raise UserError(
                 f"checkpoint {step_folder} (recipe {recipe.get('name')}) holds no autoencoder: name an autoencoder run"
             )
+        _require_kind("video_dc_ae", section, step_folder)
         config = config_from_dict(VideoDCAEConfig, recipe["autoencoder"]["config"])
         if config.scaling_factor is None:
             raise UserError(f"checkpoint {step_folder} is of an unfinished autoencoder run: train it to its last step")
         with torch.device("meta"):
             model = VideoDCAE(config)
-        _fill(model, reader, None)
-    return model.to(device, dtype).channels_last().eval().requires_grad_(False)
+        _fill(model, reader, None, device, dtype)
+    return model.channels_last().eval().requires_grad_(False)
+
+
+def _load_released_autoencoder(
+    path: Path, section: dict, device: torch.device, dtype: torch.dtype
+) -> VideoDCAE | HunyuanVAE:
+    files = WeightFiles.open(path)
+    found = {"hunyuan_vae": "hunyuan", "video_dc_ae": "video_dc_ae"}.get(str(kind_of(files.specs)))
+    if found is not None:  # what is none of the two is told by its tensors
+        _require_kind(found, section, path)
+    load = load_hunyuan_vae_from if section["kind"] == "hunyuan" else load_dc_ae_from
+    return load(files, device=device, dtype=dtype, released_config=section["config"])
+
+
+def _require_kind(found: str, section: dict, path: Path) -> None:
+    """Raises UserError where the recipe says another autoencoder than the weights are of."""
+    expected = section.get("kind", found)
+    if found != expected:
+        raise UserError(
+            f"autoencoder.weights={path} holds a {AUTOENCODER_KINDS[found]} and the recipe's autoencoder is a "
+            f"{AUTOENCODER_KINDS[expected]}: name weights of that one"
+        )
 
 
 def load_text_encoders(section: dict, device: torch.device, dtype: torch.dtype) -> TextEncoders:
@@ -112,9 +145,10 @@ def load_text_encoders(section: dict, device: torch.device, dtype: torch.dtype) 
     )
 
 
-def _fill(model: nn.Module, reader: CheckpointReader, weights: Weights | None) -> None:
-    """Give a model on the meta device its weights, in host memory."""
-    if weights is None:
-        weights = "ema" if any(name.startswith("ema.") for name in reader.manifest.tensors) else "model"
-    model.to_empty(device="cpu")
+def _fill(
+    model: nn.Module, reader: CheckpointReader, weights: Weights | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Give a model on the meta device its weights, a few at a time: the host never holds those of another device."""
+    weights = weights or best_weights(reader)
+    model.to(dtype).to_empty(device=device)
     reader.read({f"{weights}.{name}": tensor.detach() for name, tensor in model.state_dict().items()})

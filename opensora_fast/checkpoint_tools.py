@@ -1,7 +1,8 @@
 """`opensora-fast checkpoint inspect|verify|export DIR`: what a checkpoint holds, whether it is whole, and its weights
 for others.
 
-DIR is a run of `opensora-fast train`, or one step-N of it. Nothing here needs a GPU or writes to DIR.
+DIR is a run of `opensora-fast train`, or one step-N of it. `export` also takes weights from elsewhere, in the released
+layout or in diffusers', and so turns one into the other. Nothing here needs a GPU or writes to DIR.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ from rich.table import Table
 
 from opensora_fast.arguments import Parser
 from opensora_fast.checkpoint_export import RELEASED_LAYOUT, check_out, plan_export
-from opensora_fast.checkpoint_folder import find_checkpoint, step_folders, step_of
+from opensora_fast.checkpoint_folder import step_folders, step_of
 from opensora_fast.checkpoint_reader import CheckpointReader
+from opensora_fast.diffusers_layout import BIASES_FILE
 from opensora_fast.errors import UserError
 from opensora_fast.manifest import FORMAT, MANIFEST, DamagedError, Manifest, ManifestError, read_manifest
+from opensora_fast.parameter_source import open_parameters
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_GIB = 5.0
-LAYOUTS = {"released": "the released layout", "diffusers": "diffusers' layout (FluxTransformer2DModel)"}
+LAYOUTS = {"released": "the released layout", "diffusers": "diffusers' layout"}
 
 
 def main(argv: list[str]) -> int:
@@ -47,15 +50,21 @@ def _parser() -> Parser:
 
     commands.add_parser("verify", parents=[folder], help="check every byte against its checksum; 0 all well, 2 not")
 
-    export = commands.add_parser("export", parents=[folder], help="write the weights as safetensors")
+    export = commands.add_parser("export", help="write the weights as safetensors")
+    export.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a run, one step-N of it, or weights in either layout: a file, a folder of shards, diffusers' folder",
+    )
     export.add_argument(
         "--out", required=True, type=Path, help="a file NAME.safetensors, or a folder for shards and their index"
     )
     export.add_argument(
-        "--weights", choices=("ema", "model"), help="moving average or last weights; default: ema where kept"
+        "--weights", choices=("ema", "model"), help="of a run: moving average or last weights; default: ema where kept"
     )
     export.add_argument(
-        "--layout",
+        "--to",
         choices=tuple(LAYOUTS),
         default="released",
         help="names and order of the tensors (default: released)",
@@ -148,33 +157,33 @@ def _problems(folder: Path) -> tuple[list[str], str]:
 
 
 def _export(options: argparse.Namespace) -> int:
-    check_out(options.out, options.layout)
+    check_out(options.out, options.to)
     one_file = options.out.suffix == ".safetensors"
     if options.shard_gib is not None and (one_file or not 0 < options.shard_gib < 2**20):
         remedy = "name a folder" if one_file else "use a number above 0"
         raise UserError(f"--shard_gib {options.shard_gib:g} with --out {options.out}: {remedy}")
     form = {name: getattr(options, name) for name in RELEASED_LAYOUT if getattr(options, name) is not None}
-    step_folder = find_checkpoint(options.folder)
+    source = open_parameters(options.source, options.weights)
     export = plan_export(
-        step_folder,
-        weights=options.weights,
-        layout=options.layout,
+        source,
+        layout=options.to,
         dtype=DTYPES[options.dtype] if options.dtype else None,
         **{name: value == "true" for name, value in form.items()},
     )
     for name in form.keys() - export.translation.config.keys():
-        raise UserError(f"--{name}: {LAYOUTS[export.layout]} of {step_folder} knows no such choice; leave it out")
+        raise UserError(f"--{name}: {LAYOUTS[export.layout]} of {options.source} knows no such choice; leave it out")
     with _progress(options.out.name, export.bytes) as advance:
         shard_gib = options.shard_gib or SHARD_GIB
         export.write(options.out, shard_bytes=int(shard_gib * 2**30), on_bytes=advance)
-    what = f"{len(export.specs)} tensors, {_size(export.bytes)}, {export.weights} weights of {step_folder}"
-    print(f"{options.out}: {what} in {LAYOUTS[export.layout]}")
-    config = export.translation.config
-    if options.layout == "diffusers" and config["in_channels"] != config["out_channels"]:
+    what = f"{len(export.specs)} tensors, {_size(export.bytes)}, {source.title}"
+    config = export.translation.class_config
+    class_name = f" ({config['_class_name']})" if config else ""
+    print(f"{options.out}: {what} in {LAYOUTS[options.to]}{class_name}")
+    if config and config.get("in_channels") != config.get("out_channels"):
         own = config["out_channels"]
         print(
             f"diffusers has no cond_in: x_embedder takes {own} channels of a token, then the "
-            f"{config['in_channels'] - own} of its condition, and its bias is the sum of both"
+            f"{config['in_channels'] - own} of its condition, and its bias is the sum of both ({BIASES_FILE} has them)"
         )
     return 0
 

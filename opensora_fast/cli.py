@@ -21,7 +21,7 @@ COMMANDS = {
         "encode a recipe's clips and prompts once, for training with --data.cache",
     ),
     "train": ("opensora_fast.train.launch", "train a recipe; resumes from the newest good checkpoint of --out"),
-    "sample": ("opensora_fast.pipeline", "generate a video or an image from a trained checkpoint"),
+    "sample": ("opensora_fast.sample_command", "generate videos or images from a trained or a released checkpoint"),
     "checkpoint": ("opensora_fast.checkpoint_tools", "inspect, verify or export a run's checkpoints: no GPU needed"),
     "bench": (
         "opensora_fast.profiling.bench",
@@ -32,6 +32,7 @@ COMMANDS = {
         "save and load a state on this disk, against torch.save, DCP and fio",
     ),
     "bench loader": ("opensora_fast.profiling.loader_bench", "batches of real clips, against a plain DataLoader"),
+    "bench sample": ("opensora_fast.profiling.sample_bench", "seconds of a video by phase, measured or modelled"),
     "demo": ("opensora_fast.profiling.demo", "train autoencoder and three stages on real clips, sample twice, report"),
     "report": ("opensora_fast.profiling.report", "write one HTML report of finished runs"),
 }

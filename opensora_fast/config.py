@@ -175,6 +175,58 @@ class VideoDCAEConfig:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class HunyuanVAEConfig:
+    """HunyuanVideo's causal video autoencoder, 4 x 8 x 8; the defaults are the released one (246M parameters).
+
+    Field names of the tiling are the released ones. Raises UserError for sizes that do not fit together.
+    """
+
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # of the encoder's stages; the decoder mirrors them
+    layers_per_block: int = 2  # of the encoder; the decoder has one more
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.476986  # 1 / standard deviation of the latents: encode multiplies by it, decode divides
+    shift_factor: float = 0.0  # mean of the latents
+    use_spatial_tiling: bool = False
+    use_temporal_tiling: bool = False  # changes results: time is encoded and decoded in pieces that are cross-faded
+    sample_size: int = 256  # pixels of a tile
+    sample_tsize: int = 64  # frames of a tile, beside the first one
+    tile_overlap_factor: float = 0.25
+
+    def __post_init__(self) -> None:
+        _freeze_lists(self)
+        for name in ("latent_channels", "layers_per_block", "norm_num_groups"):
+            _require(self, name, getattr(self, name) > 0, "must be positive")
+        _require(self, "block_out_channels", len(self.block_out_channels) == 4, "must have four entries")
+        _require(
+            self,
+            "block_out_channels",
+            all(width > 0 and width % self.norm_num_groups == 0 for width in self.block_out_channels),
+            f"must be positive multiples of norm_num_groups={self.norm_num_groups}",
+        )
+        _require(self, "scaling_factor", self.scaling_factor > 0, "must be positive")
+        _require(self, "tile_overlap_factor", 0 <= self.tile_overlap_factor < 1, "must be in [0, 1)")
+        for name, compression in (
+            ("sample_size", self.spatial_compression),
+            ("sample_tsize", self.temporal_compression),
+        ):
+            size = getattr(self, name)
+            rule = f"must be a multiple of the compression, {compression}"
+            _require(self, name, size > 0 and size % compression == 0, rule)
+
+    @property
+    def spatial_compression(self) -> int:
+        return 8
+
+    @property
+    def temporal_compression(self) -> int:
+        return 4
+
+
+AutoencoderConfig = VideoDCAEConfig | HunyuanVAEConfig
+
+
 def config_from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     """The `cls` with these fields, defaults for absent ones. Raises UserError for a key that is no field of `cls`."""
     known = [field.name for field in fields(cls)]

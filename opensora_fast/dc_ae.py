@@ -13,20 +13,19 @@ Runs in either memory format, that of its weights: `model.to(memory_format=torch
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opensora_fast.autoencoder import require_multiple
 from opensora_fast.config import VideoDCAEConfig
 from opensora_fast.depthwise_conv import DepthwiseConv3d
 from opensora_fast.errors import UserError
 from opensora_fast.kernels.pixel_shuffle import pixel_shuffle_repeat_add, pixel_unshuffle_mean_add
 from opensora_fast.kernels.rms_norm_act import channel_rms_norm, silu_pad
-from opensora_fast.tiling import Tiles, tile_space, tile_time
+from opensora_fast.tiling import BatchedTiles, TileRunner, Tiles, tile_video
 
 INIT_STD = 0.02
 PADDED_AHEAD = {"cuda"}  # the devices on which `silu_conv` writes the padding itself
@@ -314,7 +313,10 @@ class Decoder(nn.Module):
 
 
 class VideoDCAE(nn.Module):
-    """The autoencoder (an `opensora_fast.autoencoder.Autoencoder`). Raises UserError for tiles it cannot cut."""
+    """The autoencoder (an `opensora_fast.autoencoder.Autoencoder`). Raises UserError for tiles it cannot cut.
+
+    `run_tiles` runs the tiles of a call; another `TileRunner` may be set in its place.
+    """
 
     causal = False
 
@@ -328,6 +330,7 @@ class VideoDCAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        self.run_tiles: TileRunner = BatchedTiles()
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -358,9 +361,9 @@ class VideoDCAE(nn.Module):
         """
         time, space, _ = self.compression
         if frames != 1:
-            _require_multiple("frames", frames, time, also="1 or ")
-        _require_multiple("height", height, space)
-        _require_multiple("width", width, space)
+            require_multiple("frames", frames, time, also="1 or ")
+        require_multiple("height", height, space)
+        require_multiple("width", width, space)
         return max(frames // time, 1), height // space, width // space
 
     def frames_of(self, latent_frames: int) -> int:
@@ -403,29 +406,14 @@ class VideoDCAE(nn.Module):
 
     def _tiled(self, network: nn.Module, x_BCTHW: Tensor, *, encoding: bool) -> Tensor:
         T, H, W = x_BCTHW.shape[2:]
-        config = self.config
-        space = _tiles(config.spatial_tile_size, config.spatial_compression, config.tile_overlap_factor, encoding)
-        time = _tiles(config.temporal_tile_size, config.temporal_compression, config.tile_overlap_factor, encoding)
-        apply: Callable[[Tensor], Tensor] = network
-        if config.use_spatial_tiling and (space.needed(H) or space.needed(W)):
-            apply = partial(tile_space, network, tiles=space)
-        if config.use_temporal_tiling and time.needed(T):
-            # A lone latent at the end is decoded as an image, to one frame.
-            return tile_time(apply, x_BCTHW, replace(time, shortest=2))
-        return apply(x_BCTHW)
-
-
-def _tiles(tile_size: int, compression: int, overlap_factor: float, encoding: bool) -> Tiles:
-    size = tile_size // compression
-    stride = max(int(size * (1 - overlap_factor)), 1)
-    per_latent_in, per_latent_out = (compression, 1) if encoding else (1, compression)
-    return Tiles(size=size, overlap=size - stride, per_latent_in=per_latent_in, per_latent_out=per_latent_out)
-
-
-def _require_multiple(name: str, value: int, compression: int, also: str = "") -> None:
-    below = value // compression * compression
-    if value <= 0 or value != below:
-        nearest = f"{below} or {below + compression}" if below > 0 else f"{also}{compression}"
-        raise UserError(
-            f"{name}={value} does not fit the autoencoder: use {nearest} ({also}a multiple of {compression})"
+        config, overlap = self.config, self.config.tile_overlap_factor
+        space = Tiles.of(config.spatial_tile_size, config.spatial_compression, overlap, encoding=encoding)
+        # A lone latent at the end would be decoded as an image, to one frame.
+        time = Tiles.of(config.temporal_tile_size, config.temporal_compression, overlap, encoding=encoding, shortest=2)
+        return tile_video(
+            network,
+            x_BCTHW,
+            self.run_tiles,
+            time=time if config.use_temporal_tiling and time.needed(T) else None,
+            space=space if config.use_spatial_tiling and (space.needed(H) or space.needed(W)) else None,
         )

@@ -10,7 +10,12 @@ That class is of the same architecture, so a translation renames tensors and mov
 with one exception. It has no `cond_in`, the linear of the masked reference latents. But img_in(x) + cond_in(c) is one
 linear of the channels (x, c), and its input may be wider than its output. So a model with cond_embed is written with
 `in_channels` = tokens' channels + condition's, in this order, and `out_channels` = tokens' channels: whoever calls it
-passes both behind each other. The two biases become their sum; this sum is the only thing that cannot be undone.
+passes both behind each other. The two biases become their sum, the only thing that is computed. So that it can be
+undone, both lie beside the weights, in a file that diffusers does not read, with the sum that they belong to:
+
+    opensora_fast_biases.safetensors    img_in.bias [D], cond_in.bias [D], written_x_embedder.bias [D]
+
+Read without that file, img_in has the whole bias and cond_in none, which is the same model.
 
 Shapes  C channels of a token; D hidden size; K channels of a head.
 """
@@ -23,9 +28,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opensora_fast.config import MMDiTConfig
+from opensora_fast.attention_rows import StateDict, reorder_heads, rotary_rows, split_rows
+from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.released import StateDict, reorder_heads, rotary_rows, split_rows
+from opensora_fast.mmdit import MMDiT
+from opensora_fast.safetensors_file import TensorSpec
+from opensora_fast.streamed_loading import Segment
+from opensora_fast.weight_files import WeightFiles
+
+CLASS = "FluxTransformer2DModel"
+VAE_CLASS = "AutoencoderKLHunyuanVideo"
+BIASES_FILE = "opensora_fast_biases.safetensors"
+BIASES = ("img_in.bias", "cond_in.bias")
+WRITTEN_SUM = "written_x_embedder.bias"
 
 # What the class has no setting for.
 FIXED = {"mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True}
@@ -57,11 +72,11 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
     for field, value in FIXED.items():
         if getattr(config, field) != value:
             raise UserError(
-                f"--layout diffusers: {field}={getattr(config, field)!r}, but FluxTransformer2DModel has {value!r} "
-                "built in: use --layout released"
+                f"--to diffusers: {field}={getattr(config, field)!r}, but {CLASS} has {value!r} built in: use --to "
+                "released"
             )
     return {
-        "_class_name": "FluxTransformer2DModel",
+        "_class_name": CLASS,
         "patch_size": 1,  # of tokens, which are patches already
         "in_channels": config.in_channels + (config.cond_channels if config.cond_embed else 0),
         "out_channels": config.in_channels,
@@ -73,6 +88,31 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
         "pooled_projection_dim": config.vec_in_dim,
         "guidance_embeds": config.guidance_embed,
         "axes_dims_rope": list(config.axes_dim),
+    }
+
+
+def diffusers_vae_config(config: HunyuanVAEConfig) -> dict[str, Any]:
+    """The config.json of AutoencoderKLHunyuanVideo for this autoencoder, whose tensors have the class's own names.
+
+    How it is tiled is nothing that the class keeps; `HunyuanVAE` reads it from the files' own metadata. Raises
+    UserError naming the field that the class has no place for.
+    """
+    if config.shift_factor != 0:
+        raise UserError(
+            f"--to diffusers: shift_factor={config.shift_factor!r}, but {VAE_CLASS} shifts nothing: use --to released"
+        )
+    stages = len(config.block_out_channels)
+    return {
+        "_class_name": VAE_CLASS,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.block_out_channels),
+        "down_block_types": ["HunyuanVideoDownBlock3D"] * stages,
+        "up_block_types": ["HunyuanVideoUpBlock3D"] * stages,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "scaling_factor": config.scaling_factor,
+        "spatial_compression_ratio": config.spatial_compression,
+        "temporal_compression_ratio": config.temporal_compression,
     }
 
 
@@ -93,6 +133,56 @@ def to_diffusers(part: Mapping[str, Tensor], config: MMDiTConfig) -> StateDict:
     rows = rows.flatten() if name.endswith("qk_scale") else rows
     rotary = rotary_rows(name, config)
     return split_rows(reorder_heads(rows, rotary, (2, config.head_dim // 2)), _keys(name), rotary)
+
+
+def biases_file(part: Mapping[str, Tensor], config: MMDiTConfig) -> StateDict:
+    """The tensors of BIASES_FILE, from our two biases as they are stored: what `to_diffusers` adds up."""
+    (written,) = to_diffusers(part, config).values()
+    return {**part, WRITTEN_SUM: written}
+
+
+def check_biases(files: WeightFiles) -> None:
+    """Raises UserError when the two biases beside the weights belong to others: those were changed since."""
+    if WRITTEN_SUM not in files.specs:
+        return
+    if not torch.equal(files.read(WRITTEN_SUM), files.read("x_embedder.bias")):
+        raise UserError(
+            f"{files.path}/{BIASES_FILE}: its biases are not those in x_embedder.bias, which was changed since: remove "
+            "this file, and img_in has the whole bias"
+        )
+
+
+def diffusers_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of this layout, side file excepted, and its shape."""
+    with torch.device("meta"):
+        ours = MMDiT(config).state_dict()
+    parts = [to_diffusers({name: ours[name] for name in part}, config) for part in diffusers_parts(ours)]
+    return {key: tuple(tensor.shape) for part in parts for key, tensor in part.items()}
+
+
+def diffusers_segments(name: str, config: MMDiTConfig, specs: Mapping[str, TensorSpec]) -> list[Segment]:
+    """Our parameter `name`, as rows of these tensors: the exact inverse of `to_diffusers`.
+
+    The tensors have the shapes of `diffusers_shapes`; those of the side file are used where `specs` has them.
+    """
+    D, C = config.hidden_size, config.in_channels
+    match name.split("."):
+        case ["img_in" | "cond_in", "bias"] if name in specs:
+            return [Segment(name, 0, D)]
+        case ["cond_in", "bias"]:
+            return [Segment(None, 0, D)]
+        case ["img_in", "weight"] if config.cond_embed:
+            return [Segment("x_embedder.weight", 0, D, columns=(0, C))]
+        case ["cond_in", "weight"]:
+            return [Segment("x_embedder.weight", 0, D, columns=(C, C + config.cond_channels))]
+        case ["final_layer", "modulation", _]:
+            (key,) = _keys(name)
+            return [Segment(key, D, D), Segment(key, 0, D)]
+    rotary, segments = rotary_rows(name, config), []
+    for number, key in enumerate(_keys(name)):
+        turned = (config.head_dim // 2, 2) if rotary and number < 2 else None  # queries, then keys
+        segments.append(Segment(key, 0, specs[key].shape[0], head_shape=turned))
+    return segments
 
 
 def _keys(name: str) -> list[str]:

@@ -16,7 +16,7 @@ Numerics  Weights, activations and the residual stream have one dtype; inputs ar
 Source    Open-Sora 2.0 (arXiv 2503.09642, section 3.2), Stable Diffusion 3 (arXiv 2403.03206) and FLUX.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -96,10 +96,25 @@ class MMDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.initialize_weights()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: the device of its input layer, whatever its blocks' weights are stored on."""
+        return self.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.img_in.weight.dtype
+
     @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Xavier matrices, zero biases; every block starts as the identity and the model predicts zero velocity."""
+    def initialize_weights(self, names: Collection[str] | None = None) -> None:
+        """Xavier matrices, zero biases; every block starts as the identity and the model predicts zero velocity.
+
+        names: the parameters to draw; None is all of them.
+        """
         for name, parameter in self.named_parameters():
+            if names is not None and name not in names:
+                continue
             if name.endswith("qk_scale"):
                 parameter.fill_(1)
             elif name.endswith("bias") or "modulation" in name or name.startswith(("cond_in", "final_layer")):
@@ -142,7 +157,7 @@ class MMDiT(nn.Module):
         Raises UserError naming an argument that is missing, refused or misshapen.
         """
         self._check_inputs(img, img_ids, txt, txt_ids, timesteps, y_vec, cond, modulation)
-        dtype = self.img_in.weight.dtype
+        dtype = self.dtype
         if modulation is None:  # each block computes its own, so that sharded or recomputed weights are met only there
             vec_BD = self._condition(timesteps, y_vec, guidance)
 
@@ -182,7 +197,7 @@ class MMDiT(nn.Module):
 
     def _condition(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
         """SiLU of the sum of the embedded time, pooled text and guidance [B, D]: what every modulation is linear in."""
-        dtype = self.img_in.weight.dtype
+        dtype = self.dtype
         vec_BD = self.time_in(sinusoids(timesteps).to(dtype)) + self.vector_in(y_vec.to(dtype))
         if self.guidance_in is not None:
             if guidance is None:

@@ -1,193 +1,359 @@
-"""`opensora-fast sample`: a trained checkpoint and a prompt become a video or an image file.
+"""`VideoPipeline`: a video model in Python, called the way that users of diffusers expect.
 
-The request's names, sizes and files are checked before the transformer is loaded.  The file carries the request as JSON
-in its `comment`; the same request on the same machine makes the same file again.
+    pipe = VideoPipeline.from_pretrained("ckpts")
+    video = pipe("rain on a roof", num_frames=129, seed=1).frames[0]        # [F, H, W, 3], floats in [0, 1]
+    video = pipe("the fox turns its head", image="fox.png").frames[0]      # begins with the image
+
+`opensora-fast sample` is this and a command line around it (`sample_command`).
+
+Shapes   B videos, F frames, H, W pixels.
 """
 
-import argparse
-import dataclasses
-import json
+from __future__ import annotations
+
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opensora_fast.arguments import Parser
-from opensora_fast.autoencoder import Autoencoder
-from opensora_fast.checkpoint_folder import (
-    find_checkpoint,
-    load_autoencoder,
-    load_mmdit,
-    load_text_encoders,
-    read_recipe,
-)
 from opensora_fast.conditions import reference_frames
-from opensora_fast.config import MMDiTConfig, config_from_dict
 from opensora_fast.errors import UserError
+from opensora_fast.flow import sampling_schedule
+from opensora_fast.loaded_models import LoadedModels, LoadOptions, by_the_first, load_models
+from opensora_fast.model_folder import find_model
+from opensora_fast.reference_pixels import clip_pixels, image_pixels
+from opensora_fast.resolutions import ASPECT_RATIOS
+from opensora_fast.sample_requests import condition_of
 from opensora_fast.sampling import sample
 from opensora_fast.sampling_settings import SamplingSettings, output_size
-from opensora_fast.video_io import probe, read_clip, read_image, resize_crop, write_image, write_video
 
-# option -> (field of SamplingSettings, help)
-_SETTINGS = {
-    "--resolution": ("resolution", "area by name: 256px is that of 256 x 256 pixels"),
-    "--aspect-ratio": ("aspect_ratio", "width:height, such as 16:9"),
-    "--frames": ("frames", "frames to make; 1 makes an image"),
-    "--fps": ("fps", "frames per second"),
-    "--steps": ("steps", "steps from noise to video"),
-    "--guidance": ("guidance", "how strongly the prompt guides; 1 is no guidance"),
-    "--guidance-image": ("guidance_image", "how strongly a given image or video guides; 1 is no guidance"),
-    "--motion-score": ("motion_score", "how much moves, from 1 to 15"),
-    "--seed": ("seed", "another seed makes another video"),
-}
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from opensora_fast.checkpoint_folder import Weights
+    from opensora_fast.reference_pixels import Visual
+    from opensora_fast.sampling_ranks import SamplingRanks
+
+OutputType = Literal["np", "pt", "pil"]
+
+SHORTEST_GIVEN = 8  # frames of a video that an image can begin, with every autoencoder
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0 when the file is written. Raises UserError for a request that cannot be met; argparse exits with 2."""
-    options = _parser().parse_args(argv)
-    step_folder = find_checkpoint(options.checkpoint)
-    recipe = read_recipe(step_folder)
-    if "model" not in recipe:
-        raise UserError(f"checkpoint {step_folder} holds no diffusion transformer: name a diffusion run")
-    settings = _settings(options, recipe.get("sampling_defaults", {}))
-    _prepare_output(options.out, settings.frames)
-    condition = _condition(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    autoencoder = load_autoencoder(recipe["autoencoder"], device, dtype)
-    size = output_size(config_from_dict(MMDiTConfig, recipe["model"]), autoencoder, settings, condition)
-    head_BCFHW, tail_BCFHW = _references(options, condition, autoencoder, settings.fps, size)
-    text = load_text_encoders(recipe["text"], device, dtype)
-    model = load_mmdit(step_folder, options.weights, device, dtype)
-    with _progress_bar(settings.steps) as on_step:
-        video_BCTHW = sample(
-            model,
-            autoencoder,
-            text,
-            [options.prompt],
+@dataclass(frozen=True)
+class VideoPipelineOutput:
+    """What a call gives: `frames` of B videos, in the form that was asked for.
+
+    "np": float32 [B, F, H, W, 3] in [0, 1].  "pt": float32 [B, F, 3, H, W] in [0, 1].  "pil": B lists of F images.
+    """
+
+    frames: np.ndarray | Tensor | list[list[Image]]
+
+
+class VideoPipeline:
+    """Prompts, images and videos to videos."""
+
+    def __init__(
+        self,
+        models: LoadedModels,
+        *,
+        defaults: SamplingSettings | None = None,
+        flux_resolution: str = "768px",
+        ranks: SamplingRanks | None = None,
+    ) -> None:
+        """`defaults`: what a call does not say. `ranks`: the processes that each make the same calls together."""
+        self.models = models
+        self.defaults = defaults or SamplingSettings()
+        self._flux_resolution = flux_resolution
+        self._ranks = ranks
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weights: Weights | None = None,
+        t5: str | Path | None = None,
+        clip: str | Path | None = None,
+        autoencoder: str | Path | None = None,
+        flux: str | Path | None = None,
+        flux_resolution: str = "768px",
+        memory_budget: str | int | None = None,
+        largest: SamplingSettings | None = None,
+        fp8: bool = False,
+        compile: bool = False,
+        tensorrt: bool = False,
+        ranks: SamplingRanks | None = None,
+    ) -> VideoPipeline:
+        """The pipeline of a run, one of its step folders, a released folder or a released weights file.
+
+        Args:
+            device, dtype: default: the GPU in bfloat16 where there is one, else the CPU in float32.
+            weights: of a run: "ema" (its moving average; the default where there is one) or "model".
+            t5, clip, autoencoder: folders or files in place of those that `path` names or that lie beside it.
+            flux: a FLUX.1-dev folder: a prompt without an image begins with one that FLUX makes at `flux_resolution`.
+            memory_budget: bytes, or "24GiB", of GPU memory to stay within; planned for videos as large as `largest`
+                (default: the defaults of the model).
+            fp8: keep the matrices of the blocks in 8 bits; this changes results.
+            compile: compile the blocks; the first video waits for it.  tensorrt: run the decoder through TensorRT.
+            ranks: the processes that work together (`process_group.joined`); each makes the same calls.
+
+        Raises UserError for anything that is missing or does not fit, naming the file and the remedy.
+        """
+        parts = find_model(
+            Path(path),
+            weights=weights,
+            t5=_path(t5),
+            clip=_path(clip),
+            autoencoder=_path(autoencoder),
+            flux=_path(flux),
+        )
+        defaults = SamplingSettings(**parts.defaults)
+        planned = largest or defaults
+        given = parts.config.cond_embed and planned.frames >= SHORTEST_GIVEN
+        models = load_models(
+            parts,
+            LoadOptions(
+                device=device,
+                dtype=dtype,
+                memory_budget=memory_budget,
+                fp8=fp8,
+                compile=compile,
+                tensorrt=tensorrt,
+            ),
+            [(planned, "i2v_head" if given else "t2v")],
+            ranks,
+        )
+        return cls(models, defaults=defaults, flux_resolution=flux_resolution, ranks=ranks)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        image: Visual | None = None,
+        last_image: Visual | None = None,
+        video: Visual | None = None,
+        condition: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        resolution: str | None = None,
+        aspect_ratio: str | None = None,
+        num_frames: int | None = None,
+        frames_per_second: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_image: float | None = None,
+        motion_score: float | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        settings: SamplingSettings | None = None,
+        output_type: OutputType = "np",
+        callback_on_step_end: Callable[[VideoPipeline, int, float, dict[str, Tensor]], Any] | None = None,
+    ) -> VideoPipelineOutput:
+        """Videos of the prompts; what is not given comes from `settings`, which defaults to `self.defaults`.
+
+        Args:
+            negative_prompt: what guidance steers away from, one for all prompts or one each; default: nothing.
+            image, last_image: the picture that the videos begin or end with: a path, a PIL image, an array [H, W, 3]
+                or a tensor [3, H, W] (uint8, or floating point in [0, 1]).
+            video: the frames that the videos go on from, or lead to, in the same forms.
+            condition: how they are used, a name of `conditions.CONDITIONS`; default: as what is given says.
+            num_frames, height, width: in frames and pixels. height and width replace resolution and aspect_ratio.
+            frames_per_second: what the prompt says of the rate; a video file is read at up to this rate.
+            guidance_scale, guidance_scale_image: of the prompt and of the given picture or video; 1 is none.
+            seed: video b is drawn from seed + b.  generator: draws the seed, and goes on by it.
+            output_type: see `VideoPipelineOutput`.
+            callback_on_step_end: called after every step with this pipeline, the step from 0, the time that the step
+                began at (1 noise, 0 video), and {"latents": the clean latent [B, C, T, H, W] that it predicts}. An
+                exception of it ends the call; what it returns is not used.
+
+        Raises UserError for values that do not fit the models or one another.
+        """
+        if generator is not None:
+            if seed is not None:
+                raise UserError("seed and generator: give one of them")
+            seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        given: dict[str, Any] = {
+            "height": height,
+            "width": width,
+            "resolution": resolution,
+            "aspect_ratio": aspect_ratio,
+            "frames": num_frames,
+            "fps": frames_per_second,
+            "steps": num_inference_steps,
+            "guidance": guidance_scale,
+            "guidance_image": guidance_scale_image,
+            "motion_score": motion_score,
+            "seed": seed,
+        }
+        base = settings or self.defaults
+        if (resolution or aspect_ratio) and not height and not width:
+            base = replace(base, height=None, width=None)
+        settings = replace(base, **{name: value for name, value in given.items() if value is not None})
+        if output_type not in ("np", "pt", "pil"):
+            raise UserError(f"output_type={output_type!r}: use 'np', 'pt' or 'pil'")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("prompt is an empty list: pass at least one")
+        negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+        may_paint = condition in (None, "i2v_head", "i2v_loop") and settings.frames > 1
+        painted = self.models.flux is not None and may_paint and image is None and video is None
+        there = {
+            name
+            for name, is_there in (
+                ("image", painted or image is not None),
+                ("last", last_image is not None),
+                ("video", video is not None),
+            )
+            if is_there
+        }
+        condition = condition_of(there, condition)
+        head, tail = self.references(condition, settings, image=image, last=last_image, video=video)
+        on_latent = None
+        if callback_on_step_end is not None:
+            times = self._times(settings, condition)
+
+            def on_latent(step: int, latent_BCTHW: Tensor) -> None:
+                callback_on_step_end(self, step - 1, times[step - 1], {"latents": latent_BCTHW})
+
+        video_B3FHW = self.make(
+            prompts,
             settings,
             condition=condition,
-            head_BCFHW=head_BCFHW,
-            tail_BCFHW=tail_BCFHW,
+            head=head,
+            tail=tail,
+            negative_prompts=negative_prompts,
+            on_latent=on_latent,
+        )
+        return VideoPipelineOutput(_output(video_B3FHW, output_type))
+
+    def make(
+        self,
+        prompts: Sequence[str],
+        settings: SamplingSettings,
+        *,
+        condition: str = "t2v",
+        head: Tensor | None = None,
+        tail: Tensor | None = None,
+        negative_prompts: Sequence[str] | None = None,
+        on_step: Callable[[int], None] | None = None,
+        on_latent: Callable[[int, Tensor], None] | None = None,
+        on_paint: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Videos [B, 3, F, H, W] float32 in [-1, 1], from what `references` gave; see `sampling.sample`.
+
+        A condition that begins with one image and has no `head` gets it from FLUX; `on_paint` is told of its steps.
+        """
+        models = self.models
+        height, width = output_size(models.model.config, models.autoencoder, settings, condition)
+        if models.most_pixels is not None and (
+            len(prompts) > 1 or settings.frames * height * width > models.most_pixels
+        ):
+            raise UserError(
+                f"{len(prompts)} x {settings.frames} frames of {width} x {height}: the memory budget is for one "
+                f"video of {models.most_pixels} pixels in all; name the largest when loading (largest=)"
+            )
+        if head is None and condition in ("i2v_head", "i2v_loop") and models.flux is not None:
+            head = self._painted(prompts, settings, condition, on_paint)
+        return sample(
+            models.model,
+            models.autoencoder,
+            models.text,
+            prompts,
+            settings,
+            condition=condition,
+            head_BCFHW=_for_each(head, len(prompts)),
+            tail_BCFHW=_for_each(tail, len(prompts)),
+            negative_prompts=negative_prompts,
+            ranks=self._ranks,
             on_step=on_step,
+            on_latent=on_latent,
         )
-    _write(options.out, video_BCTHW[0], settings, _request(options, step_folder, condition))
-    print(f"{options.out}: {settings.frames} frames of {size[1]} x {size[0]} from {step_folder}")
-    return 0
 
+    def references(
+        self,
+        condition: str,
+        settings: SamplingSettings,
+        *,
+        image: Visual | None = None,
+        last: Visual | None = None,
+        video: Visual | None = None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What a video begins and ends with, each [1, 3, F, H, W] in [-1, 1] at its size, or None.
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="opensora-fast sample", description="Make a video (.mp4, H.264) or an image (.png) from a prompt."
-    )
-    parser.add_argument(
-        "--checkpoint", required=True, type=Path, help="a run of `opensora-fast train`, or one step-N of it"
-    )
-    parser.add_argument("--prompt", required=True, help="what to show")
-    parser.add_argument("--out", required=True, type=Path, help="file to write: .mp4, or .png with --frames 1")
-    parser.add_argument("--image", type=Path, help="image that the video begins with")
-    parser.add_argument("--last", type=Path, help="image that the video ends with")
-    parser.add_argument(
-        "--video", type=Path, help="video whose first 33 frames (32 with a Video DC-AE) the result begins with"
-    )
-    parser.add_argument(
-        "--weights", choices=("ema", "model"), help="moving average or last weights; default: ema where kept"
-    )
-    defaults = SamplingSettings()
-    for option, (field, purpose) in _SETTINGS.items():
-        value = getattr(defaults, field)
-        parser.add_argument(
-            option, dest=field, type=type(value), help=f"{purpose} (default: the checkpoint's recipe, else {value})"
+        Read by the first rank, for all. Raises UserError, on all, for what cannot be read or is too short.
+        """
+        size = output_size(self.models.model.config, self.models.autoencoder, settings, condition)
+
+        def read() -> tuple[Tensor | None, Tensor | None]:
+            if video is not None:
+                head, tail = reference_frames(condition, self.models.autoencoder)
+                end: Literal["head", "tail"] = "head" if head else "tail"
+                pixels_13FHW = clip_pixels(video, head or tail, settings.fps, size, end)[None]
+                return (pixels_13FHW, None) if head else (None, pixels_13FHW)
+            begins, ends = (None if picture is None else image_pixels(picture, size)[None] for picture in (image, last))
+            return begins, ends
+
+        return by_the_first(self._ranks, read)
+
+    def _painted(
+        self, prompts: Sequence[str], settings: SamplingSettings, condition: str, on_step: Callable[[int], None] | None
+    ) -> Tensor:
+        """FLUX's picture of each prompt, [B, 3, 1, H, W] at the size of the video."""
+        assert self.models.flux is not None
+        height, width = output_size(self.models.model.config, self.models.autoencoder, settings, condition)
+        images_B3HW = self.models.flux.image(
+            prompts,
+            resolution=self._flux_resolution,
+            aspect_ratio=nearest_ratio(height, width),
+            steps=settings.steps,
+            seed=settings.seed,
+            on_step=on_step,
+            ranks=self._ranks,
         )
-    return parser
+        pictures = ((images_B3HW + 1) / 2).clamp(0, 1)
+        return torch.stack([image_pixels(picture_3HW, (height, width)) for picture_3HW in pictures])
+
+    def _times(self, settings: SamplingSettings, condition: str) -> list[float]:
+        size = output_size(self.models.model.config, self.models.autoencoder, settings, condition)
+        frames, rows, columns = self.models.autoencoder.latent_shape(settings.frames, *size)
+        tokens = rows * columns // self.models.model.config.patch_size**2
+        return sampling_schedule(settings.steps, tokens, frames).tolist()
 
 
-def _settings(options: argparse.Namespace, defaults: dict) -> SamplingSettings:
-    chosen = {field: getattr(options, field) for field, _ in _SETTINGS.values()}
-    given = {field: value for field, value in chosen.items() if value is not None}
-    return config_from_dict(SamplingSettings, defaults | given)
+def nearest_ratio(height: int, width: int) -> str:
+    """The named aspect ratio that is nearest to a frame's."""
+
+    def distance(name: str) -> float:
+        across, down = map(float, name.split(":"))
+        return abs(math.log(width / height * down / across))
+
+    return min(ASPECT_RATIOS, key=distance)
 
 
-def _prepare_output(out: Path, frames: int) -> None:
-    suffix, kind = (".png", "an image") if frames == 1 else (".mp4", "a video")
-    if out.suffix != suffix:
-        raise UserError(f"--out {out}: {kind} (frames={frames}) is written as {suffix}; end the name with that")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose another folder") from error
+def _output(video_B3FHW: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image]]:
+    video_BF3HW = ((video_B3FHW.transpose(1, 2) + 1) / 2).clamp(0, 1)
+    if output_type == "pt":
+        return video_BF3HW
+    video_BFHW3 = video_BF3HW.permute(0, 1, 3, 4, 2).cpu().numpy()
+    if output_type == "np":
+        return video_BFHW3
+    from PIL import Image
+
+    pictures = (video_BFHW3 * 255).round().astype(np.uint8)
+    return [[Image.fromarray(picture) for picture in frames] for frames in pictures]
 
 
-def _condition(options: argparse.Namespace) -> str:
-    """The condition's name for the files given; each of them is looked for."""
-    if options.video and (options.image or options.last):
-        raise UserError("--video cannot be combined with --image or --last; give one or the other")
-    for option in ("image", "last", "video"):
-        path = getattr(options, option)
-        if path and not path.is_file():
-            raise UserError(f"--{option} {path}: no such file")
-    if options.video:
-        return "v2v_head"
-    names = {(False, False): "t2v", (True, False): "i2v_head", (False, True): "i2v_tail", (True, True): "i2v_loop"}
-    return names[bool(options.image), bool(options.last)]
+def _for_each(pixels: Tensor | None, count: int) -> Tensor | None:
+    return pixels if pixels is None else pixels.expand(count, -1, -1, -1, -1)
 
 
-def _references(
-    options: argparse.Namespace, condition: str, autoencoder: Autoencoder, fps: int, size: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the video begins and ends with, each [1, 3, F, H, W] in [-1, 1] at its size, or None."""
-    if options.video:
-        head_frames, _ = reference_frames(condition, autoencoder)
-        return resize_crop(_first_frames(options.video, head_frames, fps, size), size)[None], None
-    head, tail = (
-        resize_crop(read_image(path, cover=size), size)[None] if path else None
-        for path in (options.image, options.last)
-    )
-    return head, tail
-
-
-def _first_frames(path: Path, num_frames: int, fps: int, size: tuple[int, int]) -> np.ndarray:
-    """The first frames of a video as uint8 [F, H, W, 3], thinned out as in training to at most `fps` per second."""
-    info = probe(path)
-    interval = max(1, math.ceil(info.fps / fps))
-    if info.num_frames < (num_frames - 1) * interval + 1:
-        raise UserError(
-            f"--video {path}: {info.num_frames} frames at {info.fps:g} per second are not the {num_frames} at {fps} "
-            "that are needed; give a longer video"
-        )
-    return read_clip(path, 0, num_frames, interval, cover=size)
-
-
-def _request(options: argparse.Namespace, step_folder: Path, condition: str) -> dict[str, object]:
-    files = {name: str(getattr(options, name)) for name in ("image", "last", "video") if getattr(options, name)}
-    return {
-        "prompt": options.prompt,
-        "checkpoint": str(step_folder),
-        "weights": options.weights,
-        "condition": condition,
-        **files,
-    }
-
-
-def _write(out: Path, video_CTHW: Tensor, settings: SamplingSettings, request: dict[str, object]) -> None:
-    metadata = {"comment": json.dumps(request | dataclasses.asdict(settings))}
-    if settings.frames == 1:
-        write_image(out, video_CTHW, metadata)
-    else:
-        write_video(out, video_CTHW, settings.fps, metadata)
-
-
-@contextmanager
-def _progress_bar(steps: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what to call with the number of steps done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("sampling", total=steps)
-        yield lambda done: bar.update(task, completed=done)
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)

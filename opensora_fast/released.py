@@ -11,24 +11,34 @@ of them reordered inside every head. Reordering q, k and the scales of their nor
 Shapes  D hidden size; K channels of a head.
 """
 
-import json
-import pickle
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from opensora_fast.config import MMDiTConfig, VideoDCAEConfig, config_from_dict
+from opensora_fast.attention_rows import StateDict, reorder_heads, rotary_rows, split_rows
+from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
+from opensora_fast.diffusers_layout import BIASES, WRITTEN_SUM, check_biases, diffusers_segments, diffusers_shapes
 from opensora_fast.errors import UserError
+from opensora_fast.hunyuan_vae import HunyuanVAE
 from opensora_fast.mmdit import MMDiT
-from opensora_fast.safetensors_file import read_files
+from opensora_fast.released_form import AUTOENCODERS, VaeKind, kind_of, mmdit_form, vae_form
+from opensora_fast.safetensors_file import TensorSpec
+from opensora_fast.streamed_loading import OnBytes, Segment, Target, load_segments, no_report
+from opensora_fast.weight_files import WeightFiles, listed
 
-StateDict = dict[str, Tensor]
-Config = TypeVar("Config", MMDiTConfig, VideoDCAEConfig)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
+Model = TypeVar("Model", bound=nn.Module)
 
 # What the released code assumes where its configuration is silent; other absent fields have our own defaults.
 RELEASED_DEFAULTS = {"cond_embed": False, "fused_qkv": True, "use_liger_rope": False}
@@ -49,7 +59,7 @@ def load_released_mmdit(state_dict: Mapping[str, Tensor], released_config: Mappi
     released = RELEASED_DEFAULTS | dict(released_config)
     with torch.device("meta"):
         model = MMDiT(_architecture(MMDiTConfig, released))
-    _check_tensors(state_dict, to_released_state_dict(model, released))
+    check_tensors(state_dict, _shapes(to_released_state_dict(model, released)), None)
     ours = {}
     for name, parameter in model.state_dict().items():
         pieces = [state_dict[key] for key in _released_names(name, released["fused_qkv"])]
@@ -69,18 +79,103 @@ def load_released_dc_ae(state_dict: Mapping[str, Tensor], released_config: Mappi
     """
     with torch.device("meta"):
         model = VideoDCAE(_architecture(VideoDCAEConfig, released_config))
-    _check_tensors(state_dict, model.state_dict())
+    check_tensors(state_dict, _shapes(model.state_dict()), None)
     model.load_state_dict(state_dict, assign=True)
     return model
 
 
-def to_released_state_dict(model: MMDiT | VideoDCAE, released_config: Mapping[str, Any]) -> StateDict:
+def load_released_hunyuan_vae(state_dict: Mapping[str, Tensor], released_config: Mapping[str, Any]) -> HunyuanVAE:
+    """The Hunyuan VAE of a released checkpoint, in the dtype and on the device of its tensors, which it takes over.
+
+    Of `released_config` the fields of HunyuanVAEConfig are read, others ignored.
+    Raises UserError naming every tensor that is missing, unexpected or of another shape, or when diffusers is missing.
+    """
+    with torch.device("meta"):
+        model = HunyuanVAE(_architecture(HunyuanVAEConfig, released_config))
+    check_tensors(state_dict, _shapes(model.state_dict()), None)
+    model.load_state_dict(state_dict, assign=True)
+    return model
+
+
+def load_mmdit_from(
+    files: WeightFiles,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    released_config: Mapping[str, Any] | None = None,
+    into: MMDiT | None = None,
+    on_bytes: OnBytes = no_report,
+) -> MMDiT:
+    """The transformer of a checkpoint in a released layout or in diffusers', streamed to `device` in `dtype`.
+
+    The host holds two blocks of rows (at most streamed_loading.BLOCK_BYTES each) beside the model's own weights. A new
+    model is for evaluation: no parameter asks for a gradient.
+
+    dtype: None is the stored one, where all tensors have the same, else float32.
+    released_config: as in `load_released_mmdit`; None is what the tensors say (`released_form.mmdit_form`).
+    into: the model to fill instead of a new one; its parameters keep device, dtype and `requires_grad`, and may lie on
+        several devices. Of parameters that are DTensors each rank reads the rows of its shard.
+    on_bytes: called with the bytes that were read, as reading goes on.
+
+    Raises UserError naming the file and every tensor that is missing, unexpected, of another shape, or not of floating
+    point numbers.
+    """
+    with naming(files):
+        released = RELEASED_DEFAULTS | dict(released_config or mmdit_form(files.specs, files.metadata))
+        config = into.config if into is not None else _architecture(MMDiTConfig, released)
+        with torch.device("meta"):
+            on_meta = MMDiT(config)
+    segments = mmdit_segments(on_meta, files, released)
+    return _stream(files, into if into is not None else _empty(on_meta, files, device, dtype), segments, on_bytes)
+
+
+def load_dc_ae_from(
+    files: WeightFiles,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    released_config: Mapping[str, Any] | None = None,
+    into: VideoDCAE | None = None,
+    on_bytes: OnBytes = no_report,
+) -> VideoDCAE:
+    """The Video DC-AE of a checkpoint; arguments and errors as in `load_mmdit_from`, its form that of `vae_form`."""
+    model = into
+    if model is None:
+        with naming(files), torch.device("meta"):
+            model = VideoDCAE(_architecture(VideoDCAEConfig, released_config or _vae_form(files, "video_dc_ae")))
+    segments = _segments_as_named(model, files)
+    return _stream(files, model if into is not None else _empty(model, files, device, dtype), segments, on_bytes)
+
+
+def load_hunyuan_vae_from(
+    files: WeightFiles,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    released_config: Mapping[str, Any] | None = None,
+    into: HunyuanVAE | None = None,
+    on_bytes: OnBytes = no_report,
+) -> HunyuanVAE:
+    """The Hunyuan VAE of a checkpoint, or of diffusers' folder of one; arguments and errors as in `load_dc_ae_from`.
+
+    Raises UserError also when diffusers is missing.
+    """
+    model = into
+    if model is None:
+        with naming(files), torch.device("meta"):
+            model = HunyuanVAE(_architecture(HunyuanVAEConfig, released_config or _vae_form(files, "hunyuan")))
+    segments = _segments_as_named(model, files)
+    return _stream(files, model if into is not None else _empty(model, files, device, dtype), segments, on_bytes)
+
+
+def to_released_state_dict(model: MMDiT | VideoDCAE | HunyuanVAE, released_config: Mapping[str, Any]) -> StateDict:
     """The weights under their released names, in the layout of `released_config`: the exact inverse of loading them.
 
-    Of `released_config` only `fused_qkv` and `use_liger_rope` are read. Tensors share memory with the model unless
-    heads had to be reordered. On the meta device it lists names and shapes.
+    Of `released_config` only `fused_qkv` and `use_liger_rope` are read, for an MMDiT: an autoencoder's names are the
+    released ones. Tensors share memory with the model unless heads had to be reordered. On the meta device it lists
+    names and shapes.
     """
-    if isinstance(model, VideoDCAE):
+    if not isinstance(model, MMDiT):
         return model.state_dict()
     theirs: StateDict = {}
     for name, parameter in model.state_dict().items():
@@ -101,19 +196,40 @@ def to_released(name: str, parameter: Tensor, config: MMDiTConfig, released_conf
 def read_weights(path: Path | str) -> StateDict:
     """Every tensor of a checkpoint, on the CPU, in the stored dtypes. Pickled code is never run.
 
-    `path` is a .safetensors file, a folder of shards with one *.safetensors.index.json, or a .pt or .pth file holding
-    a flat state dict. Raises UserError when it does not exist, is damaged or incomplete, or holds anything but tensors.
+    `path` is what `WeightFiles.open` takes; raises UserError as that does.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"weights {path} do not exist: pass a .safetensors, .pt or .pth file, or a folder of shards")
-    if path.is_dir():
-        return _read_shards(path)
-    if path.suffix == ".safetensors":
-        return read_files([path])
-    if path.suffix in (".pt", ".pth"):
-        return _read_pickle(path)
-    raise UserError(f"weights {path} have the suffix {path.suffix!r}: pass a .safetensors, .pt or .pth file")
+    files = WeightFiles.open(path)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in files.specs.items()}
+    files.fill(tensors)
+    return tensors
+
+
+def mmdit_segments(on_meta: MMDiT, files: WeightFiles, released_config: Mapping[str, Any]) -> dict[str, list[Segment]]:
+    """Every parameter of a model as rows of a checkpoint's tensors, in a released layout or in diffusers'.
+
+    Raises UserError naming the file and every tensor that does not fit the model.
+    """
+    config, parameters = on_meta.config, on_meta.state_dict()
+    if kind_of(files.specs) == "mmdit_diffusers":
+        check_tensors(files.specs, diffusers_shapes(config), files.path, allowed=(*BIASES, WRITTEN_SUM))
+        check_biases(files)
+        return {name: diffusers_segments(name, config, files.specs) for name in parameters}
+    check_tensors(files.specs, _shapes(to_released_state_dict(on_meta, released_config)), files.path)
+    return {name: released_segments(name, config, released_config) for name in parameters}
+
+
+def released_segments(name: str, config: MMDiTConfig, released_config: Mapping[str, Any]) -> list[Segment]:
+    """Our MMDiT parameter `name` as the rows of released tensors that it is a stack of."""
+    released = RELEASED_DEFAULTS | dict(released_config)
+    *upper, last = _released_names(name, released["fused_qkv"])
+    rotary = rotary_rows(name, config)
+    pairs = None if released["use_liger_rope"] or not rotary else (config.head_dim // 2, 2)
+    if not upper and pairs is None:
+        return [Segment(last)]
+    if not upper:
+        return [Segment(last, 0, rotary, pairs), Segment(last, rotary)]
+    segments = [Segment(key, 0, rotary // 2, pairs) for key in upper]
+    return [*segments, Segment(last, 0, None, pairs if name.endswith("qk_scale") else None)]
 
 
 def _released_names(name: str, fused_qkv: bool) -> list[str]:
@@ -136,31 +252,32 @@ def _released_names(name: str, fused_qkv: bool) -> list[str]:
     return [name]
 
 
-def rotary_rows(name: str, config: MMDiTConfig) -> int:
-    """How many rows of our parameter `name`, from the first, are channels of rotated heads: queries, then keys."""
-    match name.split("."):
-        case [*_, "qk_scale"]:
-            return 2 * config.head_dim
-        case [*_, "qkv" | "qkv_mlp", _]:
-            return 2 * config.hidden_size
-    return 0
+def check_tensors(
+    found: Mapping[str, Tensor] | Mapping[str, TensorSpec],
+    expected: Mapping[str, Sequence[int]],
+    where: Path | None,
+    *,
+    allowed: Collection[str] = (),
+) -> None:
+    """Raises UserError naming every tensor that is not as `expected`, which has the names and shapes of all.
 
-
-def reorder_heads(rows: Tensor, rotary: int, head_shape: tuple[int, int]) -> Tensor:
-    """Transpose the order of the channels, seen as `head_shape`, in every head of the first `rotary` rows.
-
-    (K/2, 2) turns interleaved pairs into half-split ones, (2, K/2) turns them back.
+    where: what the tensors are of, for the message.
+    allowed: names that may be there, too.
     """
-    if not rotary:
-        return rows
-    heads = rows[:rotary].unflatten(0, (-1, *head_shape)).transpose(1, 2).flatten(0, 2)
-    return torch.cat((heads, rows[rotary:]))
-
-
-def split_rows(rows: Tensor, keys: list[str], rotary: int) -> StateDict:
-    """One tensor as several: all but the last are as tall as the queries, which are half of the `rotary` rows."""
-    ends = [rotary // 2 * i for i in range(1, len(keys))]
-    return dict(zip(keys, rows.tensor_split(ends), strict=True))
+    shapes = {key: list(tensor.shape) for key, tensor in found.items()}
+    missing = [key for key in expected if key not in shapes]
+    unexpected = [key for key in shapes if key not in expected and key not in allowed]
+    misshapen = [
+        f"{key} is {shapes[key]}, expected {list(shape)}"
+        for key, shape in expected.items()
+        if key in shapes and shapes[key] != list(shape)
+    ]
+    integral = [f"{key} is {tensor.dtype}" for key, tensor in found.items() if not tensor.dtype.is_floating_point]
+    groups = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "no floating point": integral}
+    problems = "; ".join(f"{len(keys)} {group}: {listed(keys)}" for group, keys in groups.items() if keys)
+    if problems:
+        subject = "weights" if where is None else f"weights {where}"
+        raise UserError(f"{subject} do not fit their configuration ({problems}): name other ones, or correct it")
 
 
 def _architecture(config_class: type[Config], released: Mapping[str, Any]) -> Config:
@@ -168,50 +285,42 @@ def _architecture(config_class: type[Config], released: Mapping[str, Any]) -> Co
     return config_from_dict(config_class, {key: value for key, value in released.items() if key in names})
 
 
-def _check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    misshapen = [
-        f"{key} is {list(found[key].shape)}, expected {list(expected[key].shape)}"
-        for key in expected
-        if key in found and found[key].shape != expected[key].shape
-    ]
-    groups = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    problems = "; ".join(f"{len(keys)} {group}: {', '.join(keys)}" for group, keys in groups.items() if keys)
-    if problems:
-        raise UserError(f"weights do not fit released_config ({problems}): correct its sizes or its layout fields")
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def _read_shards(folder: Path) -> StateDict:
-    indices = list(folder.glob("*.safetensors.index.json"))
-    if len(indices) != 1:
-        raise UserError(f"folder {folder} holds {len(indices)} files *.safetensors.index.json: exactly one is needed")
+def _vae_form(files: WeightFiles, wanted: VaeKind) -> dict[str, Any]:
+    kind, form = vae_form(files.specs, files.metadata)
+    if kind != wanted:
+        titles = {"hunyuan": AUTOENCODERS["hunyuan_vae"], "video_dc_ae": AUTOENCODERS["video_dc_ae"]}
+        raise UserError(f"they are of {titles[kind]}, not of {titles[wanted]}: name other ones")
+    return form
+
+
+def _segments_as_named(model: nn.Module, files: WeightFiles) -> dict[str, list[Segment]]:
+    """The parameters of a model whose names are those of the checkpoint."""
+    shapes = _shapes(model.state_dict())
+    check_tensors(files.specs, shapes, files.path)
+    return {name: [Segment(name)] for name in shapes}
+
+
+def _empty(on_meta: Model, files: WeightFiles, device: torch.device | str, dtype: torch.dtype | None) -> Model:
+    """The model with memory for its weights, for evaluation."""
+    stored = {spec.dtype for spec in files.specs.values()}
+    dtype = dtype or (stored.pop() if len(stored) == 1 else torch.float32)
+    return on_meta.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+
+
+def _stream(files: WeightFiles, model: Model, segments: Mapping[str, list[Segment]], on_bytes: OnBytes) -> Model:
+    parameters = model.state_dict(keep_vars=True)
+    load_segments(files, [Target(parameters[name], rows) for name, rows in segments.items()], on_bytes=on_bytes)
+    return model
+
+
+@contextmanager
+def naming(files: WeightFiles) -> Iterator[None]:
+    """Let what cannot be told of the tensors be told of their file."""
     try:
-        shard_of: dict[str, str] = json.loads(indices[0].read_text())["weight_map"]
-        shards = {name: folder / name for name in sorted(set(shard_of.values()))}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"index {indices[0]} is damaged, {error!r}: download it again") from error
-    absent = [name for name, shard in shards.items() if not shard.is_file()]
-    if absent:
-        raise UserError(f"folder {folder} lacks {', '.join(absent)}, which its index names: download them again")
-    tensors = read_files(list(shards.values()))
-    lost = [key for key in shard_of if key not in tensors]
-    if lost:
-        raise UserError(f"the shards of {folder} lack {', '.join(lost)}, which the index names: download them again")
-    return tensors
-
-
-def _read_pickle(path: Path) -> StateDict:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
-            raise UserError(f"weights {path} hold pickled code, which is not run: save the tensors alone") from error
-        raise UserError(f"weights {path} are no file of tensors: download or convert it again") from error
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(
-            f"weights {path} are damaged, {type(error).__name__}: download or copy the file again"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"weights {path} are not a flat state dict: save the dict of names and tensors alone")
-    return tensors
+        yield
+    except UserError as error:
+        raise UserError(f"weights {files.path}: {error}") from error

@@ -1,4 +1,4 @@
-"""Safetensors files: a header that is not trusted, tensors read in parallel, files written one tensor at a time.
+"""Safetensors files: a header that is not trusted, rows read in parallel, files written one tensor at a time.
 
     bytes 0 to 8        N, the length of the header: unsigned, little-endian, at most 100,000,000
     bytes 8 to 8 + N    JSON, {name: {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}}, and optionally
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -52,7 +52,7 @@ METADATA = "__metadata__"
 LONGEST_HEADER = 100_000_000  # bytes; other readers refuse more, too
 MOST_ELEMENTS = 2**63 - 1  # of a tensor, and of its strides
 MOST_DIMENSIONS = 64  # of a tensor that PyTorch can work with
-READ_CHUNK = 2**24  # bytes
+READ_CHUNK = 2**22  # bytes; what is not read to its place passes through a few buffers of this size
 
 
 @dataclass(frozen=True)
@@ -126,31 +126,57 @@ def read_header(path: Path) -> Header:
     return parse_header(content, file_bytes, path)
 
 
-def read_files(paths: list[Path]) -> dict[str, Tensor]:
-    """Every tensor of these files, on the CPU, in the stored dtypes; the files are read side by side.
+class Rows(NamedTuple):
+    """What to read of a stored tensor: as many rows of its first axis, from `start`, as `target` has.
+
+    `target` is contiguous host memory of the stored dtype. A tensor without axes is read whole, from 0.
+    """
+
+    name: str
+    start: int
+    target: Tensor
+
+
+class SafetensorsFiles:
+    """Some files as one: their headers are read when it is made, of their data only what is asked for.
 
     Raises UserError when a file is damaged, cannot be read, or holds a tensor of another one.
     """
-    module = native()
-    tensors: dict[str, Tensor] = {}
-    files: list[tuple[str, int, list[int]]] = []
-    pieces: list[tuple[int, int, int, int]] = []
-    for index, path in enumerate(paths):
-        header = read_header(path)
-        for name, entry in header.entries.items():
-            if name in tensors:
-                _refuse(path, f"tensor {_short(name)} is in another file, too")
-            tensors[name] = torch.empty(entry.shape, dtype=entry.dtype)
-            if entry.bytes:
-                pieces.append((index, entry.start, entry.bytes, tensors[name].data_ptr()))
-        files.append((str(path), header.file_bytes, []))
-    try:
-        module.FileSystem().read_pieces(files, pieces, chunk_bytes=READ_CHUNK)
-    except module.Corruption as error:
-        raise UserError(f"{error.args[1]} is damaged ({error.args[0]}): download or copy it again") from error
-    except OSError as error:
-        raise _unreadable(Path(error.filename or paths[0]), error) from error
-    return tensors
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.headers = {path: read_header(path) for path in paths}
+        self.specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, tuple[Path, Entry]] = {}
+        for path in paths:
+            for name, entry in self.headers[path].entries.items():
+                if name in self.specs:
+                    _refuse(path, f"tensor {_short(name)} is in another file, too")
+                self.specs[name] = TensorSpec(entry.dtype, entry.shape)
+                self._places[name] = path, entry
+
+    def read(self, wanted: Sequence[Rows]) -> None:
+        """Fill the targets; the files are read side by side, no byte of them beyond what is wanted.
+
+        Raises UserError when a file is not what its header said, or cannot be read.
+        """
+        module = native()
+        numbers: dict[Path, int] = {}
+        pieces: list[tuple[int, int, int, int]] = []
+        for name, start, target in wanted:
+            path, entry = self._places[name]
+            assert (target.dtype, target.device.type, target.is_contiguous()) == (entry.dtype, "cpu", True), name
+            row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+            assert target.nbytes + start * row_bytes <= entry.bytes, f"{name} has no rows up to there"
+            if target.nbytes:
+                number = numbers.setdefault(path, len(numbers))
+                pieces.append((number, entry.start + start * row_bytes, target.nbytes, target.data_ptr()))
+        files: list[tuple[str, int, list[int]]] = [(str(path), self.headers[path].file_bytes, []) for path in numbers]
+        try:  # through the page cache, which the ranks of a machine share
+            module.FileSystem().read_pieces(files, pieces, chunk_bytes=READ_CHUNK, direct=False)
+        except module.Corruption as error:
+            raise UserError(f"{error.args[1]} is damaged ({error.args[0]}): download or copy it again") from error
+        except OSError as error:
+            raise _unreadable(Path(error.filename or next(iter(numbers))), error) from error
 
 
 def write_file(

@@ -1,23 +1,26 @@
 """From noise to video: guided Euler steps along the learnt flow, and everything around them.
 
-One step needs up to three predictions: c with text and condition, u1 with the empty prompt and the condition, u2 with
-neither.
+One step needs up to three predictions: c with text and condition, u1 with the empty (or negative) prompt and the
+condition, u2 with neither.
     v = u2 + g_image (u1 - u2) + g_text (c - u1) = g_text c + (g_image - g_text) u1 + (1 - g_image) u2
 A prediction whose coefficient is 0 is not computed; without a condition u1 is u2 and their coefficients add.  The
 guidance scales oscillate to 1 in every other step after the first ten, so 50 steps take 80 passes for text-to-video
-and 110 for image-to-video where the direct form takes 150, with the same result.  The passes of a step are one batch,
-and each distinct (time, vector) is modulated once.
+and 110 for image-to-video where the direct form takes 150, with the same result.  The passes of a step are one batch;
+with several ranks they are dealt out to groups, which share each sequence (`sampling_ranks`).  The modulation of all
+steps is computed before the first, once for each distinct (time, vector).
 
 Shapes   B videos, R rows of a model call (B per pass), C latent channels, T latent frames, H, W latent rows and
-         columns, F pixel frames, N video tokens, L text tokens, D features.
+         columns, F pixel frames, N video tokens, n those of this rank, L text tokens, D features, V text vectors.
 Numerics The state and the guidance are fp32 (fp64 for fp64 noise); the model casts what it gets to its own dtype.
 Source   Open-Sora 2.0 (arXiv 2503.09642) section 5.2 and the released sampler, with two deviations: the state is not
          bf16, and the given latent frames are kept for every video of a batch, not only for the first.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,41 +32,62 @@ from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
 from opensora_fast.guidance import Guidance
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.modulation_schedule import ModulationSchedule
 from opensora_fast.positions import patchify, position_ids_THW, unpatchify
 from opensora_fast.prompts import with_suffix
+from opensora_fast.sampling_ranks import PassPlan, SamplingRanks
 from opensora_fast.sampling_settings import SamplingSettings, output_size
-from opensora_fast.text import TextEncoders
+from opensora_fast.sequence_shards import joint_lengths, shard
+from opensora_fast.text import PromptEncoding, SharedTextEncoders
 
 
 @torch.no_grad()
 def sample(
     model: MMDiT,
     autoencoder: Autoencoder,
-    text: TextEncoders,
+    text: PromptEncoding | None,
     prompts: Sequence[str],
     settings: SamplingSettings,
     *,
     condition: str = "t2v",
     head_BCFHW: Tensor | None = None,
     tail_BCFHW: Tensor | None = None,
+    negative_prompts: Sequence[str] | None = None,
+    ranks: SamplingRanks | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_latent: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Videos of the prompts: [B, 3, frames, height, width] fp32 in [-1, 1]; frames = 1 makes images.
 
     The model's device and dtype are used. Video b is drawn from seed + b alone: it does not depend on the device's
     generator or on its neighbours' noise. `condition` is a name of `conditions.CONDITIONS`; the pixels it needs are
-    `head_BCFHW` and `tail_BCFHW`, in [-1, 1] at the size of the video (`output_size`). `on_step` is called with the
-    number of steps done. Raises UserError for sizes that the autoencoder or the model cannot take, and for a
-    condition without its pixels.
+    `head_BCFHW` and `tail_BCFHW`, in [-1, 1] at the size of the video (`output_size`). `negative_prompts`, one for
+    each prompt or one for all, is what guidance steers away from instead of the empty prompt; as in the released
+    sampler no words on motion follow it. `on_step` is called with the number of steps done, `on_latent` with that
+    and the clean latent [B, C, T, H, W] that the step predicts, the given frames in place.
+
+    `ranks`: the processes that make these videos together. Each calls this with the same arguments and gets the same
+    videos; `text` may be None on all but rank 0, which encodes for all of them. The callbacks are called on every
+    rank. A decoder that works in tiles spreads them over the ranks where its `run_tiles` is `ranks.tiles`.
+
+    Raises UserError for sizes that the autoencoder or the model cannot take, for a condition without its pixels, and
+    for negative prompts of another number.
     """
     size = output_size(model.config, autoencoder, settings, condition)
     latent_thw = autoencoder.latent_shape(settings.frames, *size)
-    noise_BCTHW = _noise(settings.seed, (len(prompts), model.config.latent_channels, *latent_thw))
-    noise_BCTHW = noise_BCTHW.to(next(model.parameters()).device)
-    mask_B1THW, reference_BCTHW = sampling_condition(autoencoder, condition, noise_BCTHW, head_BCFHW, tail_BCFHW)
+    noise_BCTHW = initial_noise(settings.seed, (len(prompts), model.config.latent_channels, *latent_thw)).to(
+        model.device
+    )
     fps = 0 if settings.frames == 1 else settings.fps
-    txt_BLD, vec_BD = text.encode([with_suffix(prompt, fps, settings.motion_score) for prompt in prompts])
-    null_txt_1LD, null_vec_1D = text.null()
+    suffixed = [with_suffix(prompt, fps, settings.motion_score) for prompt in prompts]
+    txt_BLD, vec_BD, null_txt_BLD, null_vec_BD = _encode(_shared(text, ranks), suffixed, negative_prompts, model.device)
+    mask_B1THW, reference_BCTHW = sampling_condition(autoencoder, condition, noise_BCTHW, head_BCFHW, tail_BCFHW)
+    given_B1THW = mask_B1THW.bool()
+
+    def show(step: int, latent_BCTHW: Tensor) -> None:
+        if on_latent is not None:
+            on_latent(step, torch.where(given_B1THW, reference_BCTHW, latent_BCTHW))
+
     tokens_per_frame = latent_thw[1] * latent_thw[2] // model.config.patch_size**2
     latent_BCTHW = denoise(
         model,
@@ -71,8 +95,8 @@ def sample(
         timesteps=sampling_schedule(settings.steps, tokens_per_frame, latent_thw[0]),
         txt=txt_BLD,
         vec=vec_BD,
-        null_txt=null_txt_1LD,
-        null_vec=null_vec_1D,
+        null_txt=null_txt_BLD,
+        null_vec=null_vec_BD,
         mask=mask_B1THW,
         reference=reference_BCTHW,
         guidance_txt=settings.guidance,
@@ -80,9 +104,11 @@ def sample(
         oscillate_txt=settings.oscillate_text,
         oscillate_img=settings.oscillate_image,
         dynamic_img_guidance=settings.dynamic_image_guidance and condition.startswith("i2v"),
+        ranks=ranks,
         on_step=on_step,
+        on_latent=None if on_latent is None else show,
     )
-    latent_BCTHW = torch.where(mask_B1THW.bool(), reference_BCTHW, latent_BCTHW)
+    latent_BCTHW = torch.where(given_B1THW, reference_BCTHW, latent_BCTHW)
     video_BCFHW = autoencoder.decode(latent_BCTHW)
     return video_BCFHW[:, :, : settings.frames].float().clamp(-1, 1)
 
@@ -104,7 +130,10 @@ def denoise(
     oscillate_txt: bool,
     oscillate_img: bool,
     dynamic_img_guidance: bool,
+    embedded_guidance: float | None = None,
+    ranks: SamplingRanks | None = None,
     on_step: Callable[[int], None] | None = None,
+    on_latent: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """The latent [B, C, T, H, W] fp32 at the end of the flow that starts in `noise` [B, C, T, H, W].
 
@@ -113,29 +142,41 @@ def denoise(
     `null_vec` the empty (or negative) prompt for each video or one for all. `mask` [B, 1, T, H, W] is 1 where
     `reference` [B, C, T, H, W] is given; both None: text-to-video. `dynamic_img_guidance` lets image guidance grow
     over the latent frames, as released for i2v conditions. Given frames are not overwritten: the model sees them as
-    its condition only. `on_step` is called with the number of steps done.
+    its condition only. `embedded_guidance` is the scale that a guidance-distilled model (FLUX-dev) is given, at which
+    guidance_txt is 1.
+
+    `ranks`: the processes that compute this together, each called with the same arguments; all get the same latent,
+    bit for bit. `on_step` is called with the number of steps done, `on_latent` with that and the clean latent that
+    the step predicts, x_t - t v, on every rank.
 
     Raises UserError when only one of mask and reference is there, and where the model refuses its inputs.
     """
     if (mask is None) != (reference is None):
         raise UserError("mask and reference belong together: pass both, or None for both")
     state_BCTHW = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    patch_size = getattr(model, "config", MMDiTConfig()).patch_size
-    given_BND = nothing_BND = None
+    times = timesteps.to(state_BCTHW)
+    config = getattr(model, "config", MMDiTConfig())
+    given_BNC = nothing_BNC = None
     if mask is not None and reference is not None and mask.any():
-        given_BND = condition_tokens(mask, reference * mask, patch_size)
-        nothing_BND = torch.zeros_like(given_BND)
-    batch, _, frames, rows, columns = noise.shape
+        given_BNC = condition_tokens(mask, reference * mask, config.patch_size)
+        nothing_BNC = torch.zeros_like(given_BNC)
+    batch, _, frames, _, _ = noise.shape
     null_txt = null_txt.expand(batch, -1, -1)
-    null_vector_B = (len(vec) + torch.arange(len(null_vec))).expand(batch)
+    vector_B = torch.arange(len(vec), device=noise.device)
+    null_vector_B = (len(vec) + torch.arange(len(null_vec), device=noise.device)).expand(batch)
     passes = _Passes(
         model,
-        patch_size,
-        (frames, rows, columns),
+        config,
+        state_BCTHW.shape,
+        times[:-1],
         torch.cat([vec, null_vec]),
-        text=_Pass(txt, torch.arange(batch), given_BND),
-        condition=_Pass(null_txt, null_vector_B, given_BND),
-        nothing=_Pass(null_txt, null_vector_B, nothing_BND),
+        {
+            "text": _Pass(txt, vector_B, given_BNC),
+            "condition": _Pass(null_txt, null_vector_B, given_BNC),
+            "nothing": _Pass(null_txt, null_vector_B, nothing_BNC),
+        },
+        embedded_guidance,
+        ranks,
     )
     guidance = Guidance(
         text=guidance_txt,
@@ -146,15 +187,13 @@ def denoise(
         num_steps=len(timesteps) - 1,
         latent_frames=frames,
     )
-    times = timesteps.to(state_BCTHW)
     for step in range(guidance.num_steps):
-        weights = guidance.weights(step, conditioned=given_BND is not None)
+        weights = guidance.weights(step, conditioned=given_BNC is not None)
         needed = {name: weight_T for name, weight_T in weights.items() if weight_T.any()}
-        velocities = passes.velocities(list(needed), state_BCTHW, times[step])
-        guided_BCTHW = torch.zeros_like(state_BCTHW)
-        for weight_T, velocity_BCTHW in zip(needed.values(), velocities, strict=True):
-            guided_BCTHW += weight_T.to(state_BCTHW).view(-1, 1, 1) * velocity_BCTHW
-        state_BCTHW = state_BCTHW + (times[step + 1] - times[step]) * guided_BCTHW
+        velocity_BCTHW = passes.guided(needed, state_BCTHW, step)
+        state_BCTHW = state_BCTHW + (times[step + 1] - times[step]) * velocity_BCTHW
+        if on_latent is not None:
+            on_latent(step + 1, state_BCTHW - times[step + 1] * velocity_BCTHW)
         if on_step is not None:
             on_step(step + 1)
     return state_BCTHW
@@ -166,59 +205,127 @@ class _Pass:
 
     txt_BLD: Tensor
     vector_B: Tensor
-    cond_BND: Tensor | None
+    cond_BNC: Tensor | None
 
 
 class _Passes:
-    """A step's predictions as one model call; holds what stays the same from step to step."""
+    """A step's predictions as one model call on each rank; holds what stays the same from step to step."""
 
     def __init__(
         self,
         model: Callable[..., Tensor],
-        patch_size: int,
-        latent_thw: tuple[int, int, int],
-        vectors_RD: Tensor,
-        **passes: _Pass,
+        config: MMDiTConfig,
+        latent_shape: Sequence[int],
+        time_S: Tensor,
+        vectors_VD: Tensor,
+        passes: Mapping[str, _Pass],
+        embedded_guidance: float | None,
+        ranks: SamplingRanks | None,
     ) -> None:
         self._model = model
-        self._patch_size = patch_size
-        self._latent_thw = latent_thw
-        self._vectors_RD = vectors_RD
+        self._config = config
+        self._batch, _, *self._latent_thw = latent_shape
+        self._time_S = time_S
+        self._vectors_VD = vectors_VD
         self._passes = passes
-        frames, rows, columns = latent_thw
-        self._img_ids_N3 = position_ids_THW(frames, rows // patch_size, columns // patch_size, vectors_RD.device)
+        self._ranks = ranks
+        frames, rows, columns = self._latent_thw
+        patch_size = config.patch_size
+        self._img_ids_N3 = position_ids_THW(frames, rows // patch_size, columns // patch_size, time_S.device)
+        self._guidance_V = None if embedded_guidance is None else time_S.new_full((len(vectors_VD),), embedded_guidance)
+        self._schedule: ModulationSchedule | None = None
+        if hasattr(model, "modulation"):
+            self._schedule = ModulationSchedule.of(cast(MMDiT, model), time_S, vectors_VD, self._guidance_V)
 
-    def velocities(self, names: Sequence[str], state_BCTHW: Tensor, time: Tensor) -> Sequence[Tensor]:
-        """One velocity [B, C, T, H, W] for every named pass, in the state's dtype."""
+    def guided(self, weights: Mapping[str, Tensor], state_BCTHW: Tensor, step: int) -> Tensor:
+        """The sum of the named passes' velocities by weight ([T] or [1]): [B, C, T, H, W] in the state's dtype."""
+        names = list(weights)
+        tokens = len(self._img_ids_N3)
+        plan = self._plan(len(names))
+        place, members = (plan.context.rank, plan.context.size) if plan.context else (0, 1)
+        names = [names[index] for index in plan.my_passes]
+        velocities = self._velocities(names, patchify(state_BCTHW, self._config.patch_size), step, plan)
+        guided_BnC: Tensor | None = None
+        for name, velocity_BnC in zip(names, velocities, strict=True):
+            weight_T = weights[name].to(state_BCTHW).expand(self._latent_thw[0])
+            weight_N = weight_T.repeat_interleave(tokens // self._latent_thw[0])
+            part_BnC = shard(weight_N, place, members, dim=0)[:, None] * velocity_BnC.to(state_BCTHW.dtype)
+            guided_BnC = part_BnC if guided_BnC is None else guided_BnC + part_BnC
+        assert guided_BnC is not None  # every rank has a pass
+        guided_BNC = guided_BnC if self._ranks is None else self._ranks.total(guided_BnC, tokens, plan)
+        frames, rows, columns = self._latent_thw
+        return unpatchify(guided_BNC, self._config.patch_size, (frames, rows, columns))
+
+    def _plan(self, passes: int) -> PassPlan:
+        if self._ranks is None:
+            return PassPlan(1, range(passes), None)
+        text_tokens = next(iter(self._passes.values())).txt_BLD.shape[1]
+        return self._ranks.plan(
+            passes,
+            tokens=text_tokens + len(self._img_ids_N3),
+            heads=self._config.num_heads,
+            batch=self._batch,
+            channels=self._config.head_dim,
+            element_bytes=getattr(self._model, "dtype", torch.float32).itemsize,
+        )
+
+    def _velocities(self, names: Sequence[str], img_BNC: Tensor, step: int, plan: PassPlan) -> Sequence[Tensor]:
+        """One velocity [B, n, C] for every named pass, of this rank's tokens."""
         passes = [self._passes[name] for name in names]
-        img_RND = patchify(state_BCTHW, self._patch_size).repeat(len(passes), 1, 1)
+        img_RNC = img_BNC.repeat(len(passes), 1, 1)
+        ids_RN3 = self._img_ids_N3.expand(len(img_RNC), -1, -1)
         txt_RLD = torch.cat([each.txt_BLD for each in passes])
         vector_R = torch.cat([each.vector_B for each in passes])
-        conds = [each.cond_BND for each in passes if each.cond_BND is not None]
-        velocity_RND = self._model(
-            img_RND,
-            self._img_ids_N3.expand(len(img_RND), -1, -1),
+        conds = [each.cond_BNC for each in passes if each.cond_BNC is not None]
+        cond_RNC = torch.cat(conds) if conds else None
+        options: dict[str, Any] = {}
+        if plan.context is not None:
+            place, members = plan.context.rank, plan.context.size
+            lengths = joint_lengths(txt_RLD.shape[1], img_RNC.shape[1], members)
+            options["context"] = plan.context.with_lengths(lengths)
+            img_RNC, ids_RN3, txt_RLD = (shard(x, place, members) for x in (img_RNC, ids_RN3, txt_RLD))
+            cond_RNC = None if cond_RNC is None else shard(cond_RNC, place, members)
+        if self._schedule is not None:
+            options["modulation"] = self._schedule.rows(step, vector_R)
+        elif self._guidance_V is not None:
+            options["guidance"] = self._guidance_V[vector_R]
+        velocity_RnC = self._model(
+            img_RNC,
+            ids_RN3,
             txt_RLD,
             torch.zeros(*txt_RLD.shape[:2], 3, device=txt_RLD.device),
-            time.expand(len(img_RND)),
-            self._vectors_RD[vector_R],
-            cond=torch.cat(conds) if conds else None,
-            **self._shared_modulation(vector_R, time),
+            self._time_S[step].expand(len(img_RNC)),
+            self._vectors_VD[vector_R],
+            cond=cond_RNC,
+            **options,
         )
-        velocity_RCTHW = unpatchify(velocity_RND.to(state_BCTHW.dtype), self._patch_size, self._latent_thw)
-        return velocity_RCTHW.split(len(state_BCTHW))
-
-    def _shared_modulation(self, vector_R: Tensor, time: Tensor) -> dict[str, Any]:
-        """The model's modulation of every row, computed once for equal rows, when the model can do that."""
-        modulation = getattr(self._model, "modulation", None)
-        if modulation is None:
-            return {}
-        distinct, row_R = vector_R.unique(return_inverse=True)
-        shared = modulation(time.expand(len(distinct)), self._vectors_RD[distinct])
-        return {"modulation": shared.rows(row_R.to(time.device))}
+        return velocity_RnC.split(self._batch)
 
 
-def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+def _shared(text: PromptEncoding | None, ranks: SamplingRanks | None) -> PromptEncoding:
+    """`text` for all ranks, which rank 0 alone needs to have."""
+    if ranks is not None and not isinstance(text, SharedTextEncoders):
+        return SharedTextEncoders(text, ranks)
+    if text is None:
+        raise ValueError("text=None: only ranks other than 0 may leave it to others")
+    return text
+
+
+def _encode(
+    text: PromptEncoding, prompts: Sequence[str], negative_prompts: Sequence[str] | None, device: torch.device
+) -> list[Tensor]:
+    """txt [B, L, D] and vec [B, D] of the prompts, then of what guidance steers away from (B, or 1 for all)."""
+    if negative_prompts is not None and len(negative_prompts) not in (1, len(prompts)):
+        raise UserError(
+            f"negative_prompts has {len(negative_prompts)} entries for {len(prompts)} prompts: "
+            "give one for each, or one for all"
+        )
+    encoded = text.encode(list(prompts))
+    away = text.encode(list(negative_prompts)) if negative_prompts and any(negative_prompts) else text.null()
+    return [x.to(device) for x in (*encoded, *away)]
+
+
+def initial_noise(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal fp32 of `shape` [B, ...]; item b from seed + b, on the CPU: the same for every device."""
     batch, *rest = shape
     return torch.stack(

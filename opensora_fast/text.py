@@ -11,29 +11,45 @@ Source   Open-Sora 2.0 (arXiv 2503.09642) section 3.2: T5-v1.1-XXL's last hidden
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
+from opensora_fast.text_folder import check_vocabulary, check_weights
+
+if TYPE_CHECKING:
+    from opensora_fast.sampling_ranks import SamplingRanks
 
 # The released CLIP's configuration has this id where its end-of-prompt token is 49407; transformers then takes the
 # largest id of a prompt, which is that token.
 _CLIP_POOLS_AT_LARGEST_ID = 2
+
+Made = TypeVar("Made")
+
+
+class PromptEncoding(Protocol):
+    """What the sampler asks of text encoders."""
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """(txt [B, L, D], vec [B, D])."""
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """(txt [1, L, D], vec [1, D]) of the empty prompt."""
 
 
 class TextEncoders:
     """The two encoders, in eval mode and without gradients."""
 
     def __init__(self, t5: PromptEncoder, clip: PromptEncoder) -> None:
-        self._t5 = t5
-        self._clip = clip
+        self.t5 = t5
+        self.clip = clip
         self._null: tuple[Tensor, Tensor] | None = None
 
     @classmethod
@@ -59,13 +75,64 @@ class TextEncoders:
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """(txt [B, L, D], vec [B, D]) in the encoders' dtype and device."""
-        return self._t5(prompts), self._clip(prompts)
+        return self.t5(prompts), self.clip(prompts)
 
     def null(self) -> tuple[Tensor, Tensor]:
         """(txt [1, L, D], vec [1, D]) of the empty prompt, encoded once: what guidance steers away from."""
         if self._null is None:
             self._null = self.encode([""])
         return self._null
+
+
+class SharedTextEncoders:
+    """Encoders that rank 0 has and all ranks ask: the others hold no weights, and get its results on their device.
+
+    All ranks make the same calls. A UserError of rank 0 is raised on every rank.
+    """
+
+    def __init__(self, encoders: PromptEncoding | None, ranks: SamplingRanks) -> None:
+        """`encoders` are rank 0's; what other ranks pass is not used."""
+        self._encoders = encoders
+        self._ranks = ranks
+        self._null: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def load(cls, load: Callable[[], PromptEncoding], ranks: SamplingRanks) -> SharedTextEncoders:
+        """The encoders that `load` gives on rank 0, where alone it is called."""
+        return cls(_on_rank_0(load, ranks), ranks)
+
+    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """(txt [B, L, D], vec [B, D]) in the encoders' dtype."""
+        return self._shared(lambda encoders: encoders.encode(prompts))
+
+    def null(self) -> tuple[Tensor, Tensor]:
+        """(txt [1, L, D], vec [1, D]) of the empty prompt, encoded once."""
+        if self._null is None:
+            self._null = self._shared(lambda encoders: encoders.null())
+        return self._null
+
+    def _shared(self, ask: Callable[[PromptEncoding], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """What `ask` has from rank 0's encoders, on all ranks."""
+
+        def answer() -> tuple[Tensor, Tensor]:
+            if self._encoders is None:
+                raise ValueError("rank 0 has no text encoders: load them there")
+            return ask(self._encoders)
+
+        txt_BLD, vec_BD = _on_rank_0(answer, self._ranks) or (None, None)
+        return self._ranks.share_tensor(txt_BLD), self._ranks.share_tensor(vec_BD)
+
+
+def _on_rank_0(make: Callable[[], Made], ranks: SamplingRanks) -> Made | None:
+    """What `make` gives on rank 0; None on the others. Its UserError is raised on all."""
+    made, failure = None, None
+    if ranks.rank == 0:
+        try:
+            made = make()
+        except UserError as error:
+            failure = error
+    ranks.agree(failure)
+    return made
 
 
 class PromptEncoder:
@@ -89,7 +156,7 @@ class PromptEncoder:
             )
         self.tokenizer, model = _load(model_class, folder, dtype)
         self.model = model.eval().requires_grad_(False).to(device)
-        self._output = output
+        self.output = output
         self._max_length = max_length
 
     @torch.no_grad()
@@ -97,7 +164,7 @@ class PromptEncoder:
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=self._max_length, return_tensors="pt"
         )
-        return getattr(self.model(input_ids=tokens.input_ids.to(self.model.device)), self._output)
+        return getattr(self.model(input_ids=tokens.input_ids.to(self.model.device)), self.output)
 
 
 def load_t5(folder: Path, *, max_length: int, device: torch.device | str, dtype: torch.dtype) -> PromptEncoder:
@@ -158,15 +225,21 @@ def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: i
 
 
 def _load(model_class: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder. transformers makes up missing weights and warns of it; here that is an error."""
+    """Tokenizer and model of a folder, checked before and after: transformers makes up what is missing."""
     transformers = _transformers()
     try:
         with _quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            check_weights(folder, getattr(transformers, model_class))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            check_vocabulary(folder, tokenizer)
             model, report = getattr(transformers, model_class).from_pretrained(
                 folder, local_files_only=True, dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # configurations and vocabularies that are damaged raise nearly anything
         reason = " ".join(str(error).split())
         raise UserError(f"text encoder folder {folder} holds no {model_class} with its tokenizer: {reason}") from error
     missing = sorted(report["missing_keys"])

@@ -244,10 +244,32 @@ def write_image(path: str | Path, image_CHW: Tensor, metadata: Mapping[str, str]
     chunks += [(b"iTXt", name.encode() + b"\0\0\0\0\0" + value.encode()) for name, value in (metadata or {}).items()]
     chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     with replacing(path) as part, open(part, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
+        file.write(_PNG)
         for kind, data in chunks:
             file.write(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)))
 
+
+def read_image_metadata(path: str | Path) -> dict[str, str]:
+    """The UTF-8 text records of a .png, among them those given to `write_image`. Raises UserError for another file."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+        if data[:8] != _PNG:
+            raise UserError(f"{path}: is no .png; replace it or leave it out")
+        found, place = {}, 8
+        while place < len(data):
+            length, kind = struct.unpack(">I4s", data[place : place + 8])
+            body = data[place + 8 : place + 8 + length]
+            name, _, rest = body.partition(b"\0")
+            if kind == b"iTXt" and rest[:4] == bytes(4):  # not compressed, no language, no translated name
+                found[name.decode()] = rest[4:].decode()
+            place += 12 + length
+    except (OSError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); replace it or leave it out") from error
+    return found
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # SWS_BILINEAR | FULL_CHR_H_INT | ACCURATE_RND | BITEXACT: the triangle filter, full-width chroma, same bits on any CPU.
 _SCALER = 0x2 | 0x2000 | 0x40000 | 0x80000

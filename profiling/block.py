@@ -12,7 +12,9 @@ All four are counted on fake tensors of full size, which hold no data, with the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +33,8 @@ from opensora_fast.profiling.console import print_table
 from opensora_fast.profiling.hardware import H200, Hardware
 
 KINDS = ("double", "single")
-TRITON_OPS = ("modulated_norm", "gated_residual", "gated_linear", "qk_norm_rope", "gelu")
+TRITON_OPS = ("modulated_norm", "gated_residual", "gated_linear", "qk_norm_rope", "gelu", "rms_norm_act")
+REFERENCE_OPS = ("pixel_shuffle",)  # a CUDA kernel's launch cannot be listed: counted as PyTorch's operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,8 @@ class _Counting(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         if name.startswith("opensora_fast::"):
-            with self, backend.forced(dict.fromkeys(TRITON_OPS, "triton")), launch.recorded() as launches:
+            names = dict.fromkeys(TRITON_OPS, "triton") | dict.fromkeys(REFERENCE_OPS, "reference")
+            with self, backend.forced(names), launch.recorded() as launches:
                 result = OPDEFS[name]._init_fn(*args, **kwargs)
             for one in launches:
                 self._add(one.arguments, 0.0)
@@ -146,6 +150,10 @@ class _Counting(TorchDispatchMode):
                 (5, self.hardware.attention_backward_flops) if backward else (2, self.hardware.attention_forward_flops)
             )
             return products * 2 * B * H * S * S * K / rate
+        if func._schema.name == "aten::convolution":
+            flops = flop_registry[torch.ops.aten.convolution](*args, **kwargs, out_val=result)
+            pointwise = math.prod(args[1].shape[2:]) == 1  # a matrix product
+            return flops / (self.hardware.matmul_flops if pointwise else self.hardware.convolution_flops)
         out_of_place = func._schema.name.removeprefix("aten::").removesuffix("_")
         if count := flop_registry.get(getattr(torch.ops.aten, out_of_place, None)):
             return count(*args, **kwargs, out_val=result) / self.hardware.matmul_flops
@@ -166,6 +174,13 @@ def traffic(forward: Callable[[], Sequence[Tensor]], hardware: Hardware = H200) 
         outputs = forward()
         torch.autograd.backward(outputs, [torch.empty_like(out) for out in outputs])
     return counting.total
+
+
+@contextmanager
+def forward_traffic(hardware: Hardware = H200) -> Iterator[Traffic]:
+    """What runs within, on fake tensors, is added to the traffic that this gives."""
+    with _Counting(hardware) as counting:
+        yield counting.total
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def _write_reconstructions(out: Path, data: DemoData) -> Path:
     folder = out / "reconstructions"
     folder.mkdir(exist_ok=True)
     for batch in fixed_feed(str(data.heldout_index), recipe.data, multiple=autoencoder.compression[1]):
-        reconstruction_BCTHW = autoencoder.reconstruct(batch.video_BCTHW).clamp(-1, 1)
+        reconstruction_BCTHW = autoencoder.decode(autoencoder.encode(batch.video_BCTHW)).clamp(-1, 1)
         for number, path in enumerate(batch.paths):
             name, fps = Path(path).stem, batch.fps[number].item()
             write_video(folder / f"{name}-original.mp4", batch.video_BCTHW[number], fps)

@@ -1,7 +1,8 @@
 """The results ledger: rows of measurements in JSON lines, read, checked and appended here and nowhere else.
 
 A row is one provider of one case in one mode on one machine. Rows are appended and never edited. A row whose `status`
-is not "timed" has a `reason` and no figures: a red op, a provider that failed, or one that gives another result.
+is not "timed" has a `reason` and no figures of a measurement: a red op, a provider that failed or that gives another
+result, or a case that was only modelled, whose reason says by what.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 SCHEMA = 2  # rows without a number are the first
 MODES = ("forward", "backward", "full", "step")
-STATUSES = ("timed", "red", "failed")
+STATUSES = ("timed", "red", "failed", "modelled")
 IDENTITY: Mapping[str, type | tuple[type, ...]] = {
     "op": str,
     "case": str,

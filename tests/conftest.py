@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -36,9 +37,40 @@ def golden():
 @pytest.fixture(scope="session")
 def ranks():
     """ranks(P).run("kernels/test_x.py:function", *args): the function's results on P gloo ranks; see ranks.py."""
-    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).parent / "ranks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    pools = module.Ranks()
+    pools = _beside("ranks").Ranks()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def released_checkpoints():
+    """The writers of tiny checkpoints in the released formats, released_checkpoints.py."""
+    return _beside("released_checkpoints")
+
+
+@pytest.fixture(scope="session")
+def released_folder(released_checkpoints, tmp_path_factory):
+    """released_folder("open-sora-v2" or "dcae"): a released folder, written once for all tests; copy it to change it.
+
+    released_folder("diffusers-flux") is FLUX.1-dev as diffusers has it.
+    """
+    written: dict[str, Path] = {}
+
+    def folder(what: str = "open-sora-v2") -> Path:
+        if what not in written:
+            place = tmp_path_factory.mktemp(what)
+            if what == "diffusers-flux":
+                written[what] = released_checkpoints.write_diffusers_flux(place)
+            else:
+                written[what] = released_checkpoints.write_released(place, what)
+        return written[what]
+
+    return folder
+
+
+def _beside(name: str) -> ModuleType:
+    """The module tests/NAME.py: tests are no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -13,10 +13,10 @@ pip() { .venv/bin/python -P -m pip --disable-pip-version-check "$@"; }
 # carries "+cpu": pip can then not take the default build with its gigabytes of CUDA packages. Where pip's own sources do not
 # have it, it comes from PyTorch's index.
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
-  extras=text,gpu,demo,dev
+  extras=text,diffusers,gpu,demo,dev
   pip install --quiet "torch>=2.11"
 else
-  extras=text,demo,dev,interpreter
+  extras=text,diffusers,demo,dev,interpreter
   torch=2.13.0+cpu
   pip install --quiet "torch==$torch" 2>/dev/null ||
     pip install --quiet "torch==$torch" --index-url https://download.pytorch.org/whl/cpu

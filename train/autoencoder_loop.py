@@ -98,7 +98,7 @@ def scaled_recipe(recipe: AutoencoderRecipe, deviation: float) -> AutoencoderRec
             f"latent standard deviation {deviation:.3g} lies outside 0.1 to 100: the autoencoder has learnt no usable "
             "latent; train it longer (--loop.steps) or lower its learning rate (--optimizer.lr)"
         )
-    config = dataclasses.replace(recipe.autoencoder.config, scaling_factor=deviation)
+    config = dataclasses.replace(recipe.architecture, scaling_factor=deviation)
     return dataclasses.replace(recipe, autoencoder=dataclasses.replace(recipe.autoencoder, config=config))
 
 
@@ -119,7 +119,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, run: RunFolder, device: torch.d
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.loop.seed)
-        model = VideoDCAE(recipe.autoencoder.config)
+        model = VideoDCAE(recipe.architecture)
     model = model.to(device).channels_last()
     multiple = model.compression[1]
     loader = training_feed(recipe.data, model, multiple=multiple, seed=recipe.loop.seed, device=device)

@@ -29,7 +29,7 @@ import torch
 from opensora_fast.autoencoder import LatentLayout, StoredLayout
 from opensora_fast.checkpoint_folder import find_checkpoint, step_folders
 from opensora_fast.conditions import CONDITIONS, encoded_pieces
-from opensora_fast.config import VideoDCAEConfig, config_from_dict
+from opensora_fast.config import config_from_dict
 from opensora_fast.errors import UserError
 from opensora_fast.native import native
 from opensora_fast.train.config import AutoencoderSection, DiffusionRecipe
@@ -193,7 +193,9 @@ def adopt(recipe: DiffusionRecipe, there: CacheSettings, folder: Path) -> Diffus
         "text.max_length_clip": text.max_length_clip,
     }
     if autoencoder.weights is None:
-        config = autoencoder.config if record.config is None else config_from_dict(VideoDCAEConfig, record.config)
+        config = autoencoder.config
+        if record.config is not None and record.kind == autoencoder.kind:
+            config = config_from_dict(type(config), record.config)
         autoencoder = dataclasses.replace(autoencoder, weights=record.weights, config=config)
     else:
         path = Path(autoencoder.weights).resolve()

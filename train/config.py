@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from opensora_fast.conditions import CONDITIONS
-from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
+from opensora_fast.config import AutoencoderConfig, HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.train.buckets import BucketTable, validate_buckets
@@ -23,6 +23,9 @@ _LONGEST_WAIT_S = 1e9  # the system's clocks take little more
 def _require(good: bool, name: str, value: object, rule: str) -> None:
     if not good:
         raise UserError(f"{name}={value!r}: {rule}")
+
+
+AUTOENCODER_CONFIGS: dict[str, type[AutoencoderConfig]] = {"video_dc_ae": VideoDCAEConfig, "hunyuan": HunyuanVAEConfig}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,29 @@ class AutoencoderSection:
     """The frozen autoencoder of a diffusion run.
 
     `weights` is an autoencoder run, one of its checkpoints, or a released safetensors file, whose configuration is
-    `config`. Without weights, `untrained_seed` allows a randomly initialised one (a rehearsal of the machinery, never a
-    result).
+    `config`, of the class that belongs to `kind`. Without weights, `untrained_seed` allows a randomly initialised Video
+    DC-AE (a rehearsal of the machinery, never a result).
     """
 
     kind: Literal["video_dc_ae", "hunyuan"] = "video_dc_ae"
     weights: str | None = None
-    config: VideoDCAEConfig = VideoDCAEConfig()
+    config: AutoencoderConfig = VideoDCAEConfig()
     untrained_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        expected = AUTOENCODER_CONFIGS[self.kind]
+        _require(
+            isinstance(self.config, expected),
+            "autoencoder.kind",
+            self.kind,
+            f"its configuration is a {expected.__name__}, and this recipe has a {type(self.config).__name__}",
+        )
+        _require(
+            self.untrained_seed is None or self.kind == "video_dc_ae",
+            "autoencoder.untrained_seed",
+            self.untrained_seed,
+            "the stand-in is a Video DC-AE; name weights with --autoencoder.weights PATH",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +180,11 @@ class DiffusionRecipe:
 
     name: str
     follows: str | None = None  # the recipe whose run `init_weights` has to name; None: may start from nothing
-    init_weights: str | None = None  # a run or one of its checkpoints: training starts from its (averaged) weights
+    # Training starts from these weights: a run or one of its checkpoints (its moving average where kept), FLUX.1-dev or
+    # Open-Sora's in a released layout or diffusers'. `new_layers` says which layers may start anew, where they differ:
+    # "none"; "auto", those that the weights lack or have for another autoencoder; "always", input and output layers.
+    init_weights: str | None = None
+    new_layers: Literal["none", "auto", "always"] = "none"
     model: MMDiTConfig
     autoencoder: AutoencoderSection
     text: TextSection
@@ -205,6 +227,16 @@ class AutoencoderRecipe:
     loop: LoopSection
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
+
+    def __post_init__(self) -> None:
+        kind = self.autoencoder.kind
+        _require(kind == "video_dc_ae", "autoencoder.kind", kind, "only a Video DC-AE is trained here")
+
+    @property
+    def architecture(self) -> VideoDCAEConfig:
+        """The autoencoder that is trained."""
+        assert isinstance(self.autoencoder.config, VideoDCAEConfig)
+        return self.autoencoder.config
 
 
 Recipe = DiffusionRecipe | AutoencoderRecipe

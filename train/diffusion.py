@@ -26,17 +26,14 @@ import torch
 from torch import Tensor
 
 from opensora_fast.autoencoder import Autoencoder, LatentLayout
-from opensora_fast.checkpoint_folder import (
-    find_checkpoint,
-    load_mmdit,
-    step_folders,
-)
+from opensora_fast.checkpoint_folder import step_folders
 from opensora_fast.conditions import condition_tokens, draw_condition, stored_condition, training_condition
-from opensora_fast.errors import UserError
 from opensora_fast.flow import sample_timesteps, shift_alpha
+from opensora_fast.initialisation import REPORT, InitialisationReport, initialise_mmdit, require_fit
 from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.kernels.flow_mix import flow_mix, velocity_loss
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.parameter_source import ParameterSource, open_parameters
 from opensora_fast.positions import patchify, position_ids_THW
 from opensora_fast.sampling import sample
 from opensora_fast.sequence_shards import joint_lengths, shard, total
@@ -242,15 +239,24 @@ def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.devic
     Raises UserError for encoders, weights, clips or a cache that do not fit the recipe.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    source = None
+    if recipe.init_weights is not None and (fresh or not step_folders(run.path)):
+        source = open_parameters(Path(recipe.init_weights))
+        require_fit(source, recipe.model, recipe.new_layers)  # before encoders are loaded
     if recipe.data.cache is None:
         inputs = clip_inputs(recipe, run.path, device, dtype)
     else:
         inputs = cached_inputs(recipe, EncoderCache.open(Path(recipe.data.cache)), device, dtype)
     recipe = inputs.recipe
-    model = _initial_model(recipe, resuming=bool(step_folders(run.path)) and not fresh).to(device)
+    model, report = _initial_model(recipe, source)
+    model = model.to(device)
     task = VelocityTask(recipe, model, inputs.autoencoder, inputs.text, device, dtype, layout=inputs.layout)
     if fresh:
         run.clear()
+        (run.path / REPORT).unlink(missing_ok=True)
+    if report is not None:
+        report.print()
+        report.save(run.path)
 
     def sample_clips(step: int) -> None:
         _validation_samples(task, run.path, step)
@@ -258,18 +264,21 @@ def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.devic
     return train(task, recipe, run, inputs.loader, inputs.heldout, sample=sample_clips)
 
 
-def _initial_model(recipe: DiffusionRecipe, *, resuming: bool) -> MMDiT:
-    """The model before its first step, fp32 on the CPU: another run's weights, or drawn from the run's seed."""
-    if recipe.init_weights is None or resuming:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(recipe.loop.seed)
-            return MMDiT(recipe.model)
-    model = load_mmdit(find_checkpoint(Path(recipe.init_weights)), None, torch.device("cpu"), torch.float32)
-    if model.config != recipe.model:
-        raise UserError(
-            f"init_weights={recipe.init_weights}: its model is {model.config}, the recipe's is {recipe.model}"
-        )
-    return model.train().requires_grad_(True)
+def _initial_model(
+    recipe: DiffusionRecipe, source: ParameterSource | None
+) -> tuple[MMDiT, InitialisationReport | None]:
+    """The model before its first step, fp32 on the CPU: other weights and what became of them, or drawn from the seed.
+
+    Layers that those weights lack are drawn from the seed, too.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.loop.seed)
+        if source is None:
+            return MMDiT(recipe.model), None
+        with torch.device("meta"):
+            model = MMDiT(recipe.model)
+        model.to_empty(device="cpu")
+        return model, initialise_mmdit(model, source, new_layers=recipe.new_layers)
 
 
 def _validation_samples(task: VelocityTask, run: Path, step: int) -> None:

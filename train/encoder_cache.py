@@ -9,8 +9,7 @@ goes on behind it, with the same batches and so the same bits. Clips that cannot
 the index says, or whose latent is not finite, are dropped; each later run tries them again. DIR/report.json says what
 was dropped and why, lists the shards, and names the torch and the decoder of the last run.
 
-A cache of an autoencoder that this version does not have can be made elsewhere: `cache_settings` and `cache_store`
-describe its files.
+A cache can be made elsewhere too: `cache_settings` and `cache_store` describe its files.
 
 Shapes   B clips, T frames, H height, W width in pixels; C channels.
 """
@@ -55,7 +54,7 @@ from opensora_fast.train.cache_store import (
 )
 from opensora_fast.train.config import DiffusionRecipe, Recipe, recipe_to_dict
 from opensora_fast.train.diffusion_inputs import require_latent_channels
-from opensora_fast.train.launch import choose_device, override, require_one_process
+from opensora_fast.train.launch import choose_device, override, require_autoencoder, require_one_process
 from opensora_fast.train.recipes import RECIPES, find_recipe
 from opensora_fast.train.stand_ins import resolve_autoencoder, resolve_data, resolve_text
 from opensora_fast.video_decoder import choose_decoder
@@ -149,11 +148,7 @@ def _require_cacheable(recipe: Recipe) -> DiffusionRecipe:
         raise UserError(f"recipe {recipe.name} trains an autoencoder, which reads pixels: cache a diffusion recipe")
     if recipe.data.cache is not None:
         raise UserError(f"data.cache={recipe.data.cache}: a cache is made from clips; leave this option out")
-    if recipe.autoencoder.kind == "hunyuan":
-        raise UserError(
-            f"recipe {recipe.name} needs latents of the Hunyuan autoencoder, which this version does not have: make "
-            "its cache elsewhere, or cache a recipe on a Video DC-AE (dcae_short, dcae_long)"
-        )
+    require_autoencoder(recipe)
     return recipe
 
 

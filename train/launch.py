@@ -16,6 +16,7 @@ import torch
 
 from opensora_fast.arguments import Parser
 from opensora_fast.errors import UserError
+from opensora_fast.hunyuan_vae import diffusers_blocks
 from opensora_fast.train.autoencoder_loop import train_autoencoder
 from opensora_fast.train.checkpoint import RunFolder
 from opensora_fast.train.config import AutoencoderRecipe, DiffusionRecipe, Recipe
@@ -55,6 +56,8 @@ def override(recipe: Recipe, words: list[str]) -> Recipe:
                 type(recipe),
                 default=recipe,
                 args=words,
+                # a section's configuration keeps the class that the recipe gives it
+                config=(tyro.conf.AvoidSubcommands,),
                 use_underscores=True,
                 prog=f"opensora-fast train {recipe.name}",
             )
@@ -89,12 +92,8 @@ def check_supported(recipe: Recipe) -> None:
         if recipe.data.cache is not None:
             raise UserError(f"data.cache={recipe.data.cache}: {recipe.name} trains on pixels; leave this option out")
         return
-    if recipe.autoencoder.kind == "hunyuan" and recipe.data.cache is None:
-        raise UserError(
-            f"recipe {recipe.name} needs the Hunyuan autoencoder or a latent cache, and this version has no such "
-            "autoencoder: name a cache with --data.cache DIR, train on a Video DC-AE instead (dcae_short, dcae_long), "
-            "or rehearse with demo_stage1"
-        )
+    if recipe.data.cache is None:
+        require_autoencoder(recipe)
     if recipe.follows and recipe.init_weights is None:
         raise UserError(
             f"init_weights is not set: {recipe.name} goes on from {recipe.follows}; name its run with --init_weights "
@@ -104,6 +103,19 @@ def check_supported(recipe: Recipe) -> None:
         raise UserError(
             f"parallel.context_parallel={recipe.parallel.context_parallel}: this version trains on one device; use 1"
         )
+
+
+def require_autoencoder(recipe: DiffusionRecipe) -> None:
+    """Raises UserError naming the option or the installation that a Hunyuan autoencoder lacks."""
+    section = recipe.autoencoder
+    if section.kind != "hunyuan":
+        return
+    if section.weights is None:
+        raise UserError(
+            f"autoencoder.weights is not set: recipe {recipe.name} encodes with the Hunyuan autoencoder; name its "
+            "hunyuan_vae.safetensors with --autoencoder.weights FILE, or a latent cache with --data.cache DIR"
+        )
+    diffusers_blocks()
 
 
 def require_one_process() -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 
-from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig
+from opensora_fast.config import MMDIT_PRESETS, HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.train.buckets import BucketTable
@@ -81,8 +81,9 @@ def stage1() -> DiffusionRecipe:
     """256px text to video: 85k steps on 224 GPUs, 70M clips (P table 3)."""
     return DiffusionRecipe(
         name="stage1",
+        new_layers="auto",  # P section 4.2: starts from FLUX.1-dev, which has no cond_in
         model=MMDIT_PRESETS["open-sora-v2"],
-        autoencoder=AutoencoderSection(kind="hunyuan"),
+        autoencoder=AutoencoderSection(kind="hunyuan", config=HunyuanVAEConfig(use_spatial_tiling=True)),  # R
         text=TextSection(dropout=0.31622777),  # R; not in the paper
         data=DataSection(buckets=STAGE1_BUCKETS),
         # P section 4.2: 5e-5 for 40k steps, then 3e-5 for 45k. R keeps 5e-5 throughout and anneals by hand.
@@ -100,6 +101,7 @@ def stage2() -> DiffusionRecipe:
         stage1(),
         name="stage2",
         follows="stage1",
+        new_layers="none",
         condition_weights=IMAGE_TO_VIDEO,
         # P section 4.2 speaks of stages 1 and 2 together (5e-5, then 3e-5); R stage1_i2v uses 1e-5. R is taken: it is
         # the run that was made.
@@ -130,6 +132,7 @@ def dcae_short() -> DiffusionRecipe:
     """Adaptation to the Video DC-AE, first part: 17k steps on clips of up to 33 (here 32) frames (P section 4.3)."""
     return DiffusionRecipe(
         name="dcae_short",
+        new_layers="auto",  # P section 4.3: input and output layers start anew
         model=MMDIT_PRESETS["open-sora-v2-dcae"],
         autoencoder=AutoencoderSection(
             config=VideoDCAEConfig(
@@ -157,6 +160,7 @@ def dcae_long() -> DiffusionRecipe:
         short,
         name="dcae_long",
         follows="dcae_short",
+        new_layers="none",
         data=DataSection(buckets=DCAE_LONG_BUCKETS),
         loop=LoopSection(steps=8_000),
         sampling_defaults=SamplingSettings(resolution="768px", frames=128),
@@ -212,6 +216,7 @@ def demo_stage1() -> DiffusionRecipe:
     """Stage 1 at demo size: text to video."""
     return DiffusionRecipe(
         name="demo_stage1",
+        new_layers="auto",
         model=DEMO_MODEL,
         autoencoder=AutoencoderSection(config=DEMO_AUTOENCODER, untrained_seed=0),
         text=TextSection(t5="demo", clip="demo", max_length_t5=64, max_length_clip=64),
@@ -233,6 +238,7 @@ def demo_stage2() -> DiffusionRecipe:
         demo_stage1(),
         name="demo_stage2",
         follows="demo_stage1",
+        new_layers="none",
         condition_weights=IMAGE_TO_VIDEO,
         optimizer=OptimizerSection(lr=((0, 2e-4),), warmup_steps=10, ema_decay=0.98),
         loop=LoopSection(steps=100, log_every=50),

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from opensora_fast.checkpoint_folder import find_checkpoint, step_folders
+from opensora_fast.config import VideoDCAEConfig
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
 from opensora_fast.train.autoencoder_loop import latent_deviation
@@ -87,6 +88,7 @@ def _with_weights(recipe: DiffusionRecipe, weights: Path) -> DiffusionRecipe:
 def _save_untrained(recipe: DiffusionRecipe, seed: int, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        assert isinstance(recipe.autoencoder.config, VideoDCAEConfig)  # the section allows a seed to no other
         autoencoder = VideoDCAE(dataclasses.replace(recipe.autoencoder.config, scaling_factor=None))
     clips = fixed_feed(recipe.data.index, recipe.data, multiple=autoencoder.compression[1], clips=4)
     config = dataclasses.replace(autoencoder.config, scaling_factor=latent_deviation(autoencoder, clips))

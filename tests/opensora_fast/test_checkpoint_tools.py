@@ -14,12 +14,14 @@ from torch import Tensor
 
 from opensora_fast import checkpoint_export
 from opensora_fast.checkpoint_export import plan_export
+from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.cli import main
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.dc_ae import VideoDCAE
-from opensora_fast.diffusers_layout import diffusers_parts, to_diffusers
+from opensora_fast.diffusers_layout import BIASES, BIASES_FILE, WRITTEN_SUM, diffusers_parts, to_diffusers
 from opensora_fast.manifest import FileRecord, Manifest, Piece, TensorRecord, crc32c
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.parameter_source import open_parameters
 from opensora_fast.released import load_released_dc_ae, load_released_mmdit, read_weights
 from opensora_fast.safetensors_file import read_header, split
 from opensora_fast.train.checkpoint import RunFolder
@@ -269,7 +271,7 @@ def test_of_the_released_size_only_the_manifest_is_needed_to_plan(tmp_path, name
     file = FileRecord("rank-0-1.bin", end, (0,))
     manifest = Manifest(1, 2**40, (file,), tensors, {}, {}, recipe_of(MMDIT_PRESETS[preset]), {})
     (tmp_path / "manifest.json").write_bytes(manifest.to_bytes())
-    export = plan_export(tmp_path, fused_qkv=fused_qkv, dtype=torch.bfloat16)
+    export = plan_export(open_parameters(tmp_path), fused_qkv=fused_qkv, dtype=torch.bfloat16)
     lines = (Path(__file__).parents[1] / "released_keys" / f"{name}.txt").read_text().splitlines()
     expected = dict(line.split("\t") for line in lines if line and not line.startswith("#"))
     assert {key: str(spec.shape) for key, spec in export.specs.items()} == expected
@@ -301,18 +303,22 @@ def test_diffusers_folder_holds_what_its_class_loads(tmp_path, capsys, config):
     model = MMDiT(config)
     publish(tmp_path / "run", 2, training_state(model), recipe_of(config))
     out = tmp_path / "transformer"
-    assert main(["checkpoint", "export", str(tmp_path / "run"), "--out", str(out), "--layout", "diffusers"]) == 0
+    assert main(["checkpoint", "export", str(tmp_path / "run"), "--out", str(out), "--to", "diffusers"]) == 0
     assert ("x_embedder takes 16 channels" in capsys.readouterr().out) == config.cond_embed
     ours = random_state(model, 2)
     expected: dict[str, Tensor] = {}
     for part in diffusers_parts(ours):
         expected |= to_diffusers({name: ours[name] for name in part}, config)
-    assert_same(read_weights(out), expected)
+    biases = {}
+    if config.cond_embed:
+        biases = {name: ours[name] for name in BIASES} | {WRITTEN_SUM: expected["x_embedder.bias"]}
+    assert_same(read_weights(out), expected | biases)
     assert json.loads((out / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"
     assert sorted(path.name for path in out.iterdir()) == [
         "config.json",
         "diffusion_pytorch_model-00001-of-00001.safetensors",
         "diffusion_pytorch_model.safetensors.index.json",
+        *([BIASES_FILE] if config.cond_embed else []),
     ]
 
 
@@ -320,27 +326,28 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, c
     autoencoder = {"name": "tiny-ae", "autoencoder": {"config": asdict(AUTOENCODER)}}
     publish(tmp_path / "ae", 2, training_state(VideoDCAE(AUTOENCODER), ema=False), autoencoder)
     publish(tmp_path / "other", 2, {"model.x": torch.zeros(2)}, {"name": "other"})
-    publish(tmp_path / "steep", 2, {}, recipe_of(replace(TINY, mlp_ratio=2.0)))
+    steep = replace(TINY, mlp_ratio=2.0)
+    publish(tmp_path / "steep", 2, training_state(MMDiT(steep), ema=False), recipe_of(steep))
     publish(tmp_path / "empty", 2, {}, recipe_of(TINY))
     (tmp_path / "taken").mkdir()
     (tmp_path / "file").touch()
     out = str(tmp_path / "out")
     for arguments, said in [
-        ([str(tmp_path / "ae"), "--out", out, "--layout", "diffusers"], "AutoencoderDC is of images alone"),
-        ([str(tmp_path / "steep"), "--out", out, "--layout", "diffusers"], "mlp_ratio=2.0"),
+        ([str(tmp_path / "ae"), "--out", out, "--to", "diffusers"], "AutoencoderDC is of images alone"),
+        ([str(tmp_path / "steep"), "--out", out, "--to", "diffusers"], "mlp_ratio=2.0"),
         ([str(tmp_path / "other"), "--out", out], "neither a transformer nor an autoencoder"),
         ([str(tmp_path / "empty"), "--out", out], "lacks"),
         ([str(run / "step-4"), "--out", out, "--weights", "ema"], "keeps no moving average"),
         ([str(run), "--out", str(tmp_path / "taken")], "exists"),
         ([str(run), "--out", str(tmp_path / "file" / "out")], "not written"),
-        ([str(run), "--out", f"{out}.safetensors", "--layout", "diffusers"], "name a folder"),
+        ([str(run), "--out", f"{out}.safetensors", "--to", "diffusers"], "name a folder"),
         ([str(run), "--out", f"{out}.safetensors", "--shard_gib", "1"], "name a folder"),
         ([str(run), "--out", out, "--shard_gib", "0"], "above 0"),
         ([str(run), "--out", out, "--shard_gib", "nan"], "above 0"),
-        ([str(run), "--out", out, "--layout", "diffusers", "--fused_qkv", "true"], "no such choice"),
+        ([str(run), "--out", out, "--to", "diffusers", "--fused_qkv", "true"], "no such choice"),
         ([str(tmp_path / "ae"), "--out", out, "--use_liger_rope", "true"], "no such choice"),
-        ([str(run), "--out", out, "--layout", "onnx"], "invalid choice"),
-        ([str(tmp_path / "absent"), "--out", out], "no such folder"),
+        ([str(run), "--out", out, "--to", "onnx"], "invalid choice"),
+        ([str(tmp_path / "absent"), "--out", out], "no such file or folder"),
         ([str(run)], "--out"),
     ]:
         before = sorted(tmp_path.iterdir())
@@ -354,7 +361,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(run, tmp_path, c
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_a_damaged_tensor_is_found_and_nothing_is_left(run, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(checkpoint_export, "READ_BYTES", 20_000)
-    record = plan_export(run / "step-12").reader.manifest.tensors["ema.final_layer.linear.weight"]
+    record = CheckpointReader(run / "step-12").manifest.tensors["ema.final_layer.linear.weight"]
     flip(run / "step-12" / record.pieces[1].file, record.pieces[1].start)
     assert main(["checkpoint", "export", str(run), "--out", str(tmp_path / name)]) == 2
     assert "rank-1-1.bin: bytes" in capsys.readouterr().err
@@ -379,9 +386,11 @@ MEASURE = """
 import sys
 from pathlib import Path
 from opensora_fast import checkpoint_export
+from opensora_fast.parameter_source import open_parameters
 run, out, layout, read_bytes = sys.argv[1:]
 checkpoint_export.READ_BYTES = int(read_bytes)
-export = checkpoint_export.plan_export(Path(run), layout=layout, weights="model")
+source = open_parameters(Path(run), "model" if (Path(run) / "manifest.json").exists() else None)
+export = checkpoint_export.plan_export(source, layout=layout)
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
 before = peak()
@@ -390,17 +399,21 @@ print(export.bytes // 1024, peak() - before)
 """
 
 
-@pytest.mark.parametrize("layout", ["released", "diffusers"])
-def test_the_model_is_never_in_memory(tmp_path, layout):
-    """In a process of its own, where no memory was freed before that could be used again."""
+def test_the_model_is_never_in_memory(tmp_path):
+    """In processes of their own, where no memory was freed before: from a run to diffusers' layout, and on from there.
+
+    Both translations are of one parameter at a time; these two also read from both kinds of source.
+    """
     config = replace(TINY, hidden_size=256, num_heads=8, depth=6, depth_single_blocks=12)
     model = MMDiT(config)
     state = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     folder = publish(tmp_path / "run", 1, state, recipe_of(config), chunk_bytes=2**18)
-    command = [sys.executable, "-P", "-c", MEASURE, str(folder), str(tmp_path / "out"), layout, str(2**22)]
-    measured = subprocess.run(
-        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    model_kib, peak_kib = map(int, measured.stdout.split())
-    assert model_kib > 90 * 1024
-    assert peak_kib < 32 * 1024
+    there, back = tmp_path / "there", tmp_path / "back"
+    for source, out, to in [(folder, there, "diffusers"), (there, back, "released")]:
+        command = [sys.executable, "-P", "-c", MEASURE, str(source), str(out), to, str(2**22)]
+        measured = subprocess.run(
+            command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        model_kib, peak_kib = map(int, measured.stdout.split())
+        assert model_kib > 90 * 1024
+        assert peak_kib < 32 * 1024

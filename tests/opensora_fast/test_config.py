@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig, config_from_dict
+from opensora_fast.config import MMDIT_PRESETS, HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.errors import UserError
 
 TWO_STAGES = {
@@ -20,7 +20,9 @@ TWO_STAGES = {
 }
 
 
-@pytest.mark.parametrize("config", [*MMDIT_PRESETS.values(), VideoDCAEConfig(), VideoDCAEConfig(**TWO_STAGES)])
+@pytest.mark.parametrize(
+    "config", [*MMDIT_PRESETS.values(), HunyuanVAEConfig(), VideoDCAEConfig(), VideoDCAEConfig(**TWO_STAGES)]
+)
 def test_json_keeps_every_field(config):
     assert config_from_dict(type(config), json.loads(json.dumps(asdict(config)))) == config
     assert len({config, config}) == 1  # hashable, although JSON gave lists

@@ -10,6 +10,7 @@ from opensora_fast.config import VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import ChannelRMSNorm, VideoDCAE, relu_linear_attention
 from opensora_fast.depthwise_conv import DepthwiseConv3d
 from opensora_fast.errors import UserError
+from opensora_fast.tiling import BatchedTiles
 
 SMALL = VideoDCAEConfig(
     latent_channels=4,
@@ -109,6 +110,20 @@ def test_tiling_changes_nothing_for_a_clip_of_one_tile():
     plain, tiled, video = small_model(), small_model(**tiling), small_video()
     assert torch.equal(tiled.encode(video), plain.encode(video))
     assert torch.equal(tiled.decode(plain.encode(video)), plain.reconstruct(video))
+
+
+@torch.no_grad()
+def test_tiles_that_are_stacked_give_what_they_give_alone():
+    """Whoever runs the tiles gets all of a call's, and hands out what the network made of each."""
+    model = small_model(use_spatial_tiling=True, use_temporal_tiling=True, spatial_tile_size=8, temporal_tile_size=8)
+    video, batches = small_video(batch=2, frames=16, height=16, width=20), []
+    latent = model.encode(video)
+    reconstruction = model.decode(latent)
+    model.decoder.register_forward_hook(lambda module, given, output: batches.append(given[0].shape[0]))
+    model.run_tiles = BatchedTiles(4)
+    torch.testing.assert_close(model.encode(video), latent)
+    torch.testing.assert_close(model.decode(latent), reconstruction)
+    assert 2 < max(batches) <= 8
 
 
 @pytest.mark.parametrize("latent_frames", [3, 4, 5, 6])

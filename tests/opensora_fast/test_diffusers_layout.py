@@ -1,18 +1,38 @@
 """diffusers' layout: the names it loads, rows that can be put back, and a model of that class giving our velocity."""
 
+import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
-from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig
-from opensora_fast.diffusers_layout import diffusers_config, diffusers_parts, to_diffusers
+from opensora_fast.config import MMDIT_PRESETS, HunyuanVAEConfig, MMDiTConfig
+from opensora_fast.diffusers_layout import (
+    BIASES,
+    BIASES_FILE,
+    biases_file,
+    check_biases,
+    diffusers_config,
+    diffusers_parts,
+    diffusers_segments,
+    diffusers_shapes,
+    diffusers_vae_config,
+    to_diffusers,
+)
 from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import position_ids_THW
 from opensora_fast.released import load_released_mmdit, to_released_state_dict
+from opensora_fast.released_form import mmdit_form
+from opensora_fast.safetensors_file import TensorSpec
+from opensora_fast.streamed_loading import Target, load_segments
+from opensora_fast.weight_files import WeightFiles
 
 FLUX = replace(MMDIT_PRESETS["tiny"], cond_embed=False, guidance_embed=True)
 CONDITIONED = MMDIT_PRESETS["tiny"]
@@ -119,7 +139,7 @@ def test_the_configuration_is_that_of_the_class():
     "change", [{"mlp_ratio": 2.0}, {"theta": 500}, {"qkv_bias": False}], ids=lambda c: next(iter(c))
 )
 def test_what_the_class_has_no_place_for_is_refused(change):
-    with pytest.raises(UserError, match=f"{next(iter(change))}=.*FluxTransformer2DModel has .*--layout released"):
+    with pytest.raises(UserError, match=f"{next(iter(change))}=.*FluxTransformer2DModel has .*--to released"):
         diffusers_config(replace(FLUX, **change))
 
 
@@ -189,6 +209,96 @@ def test_the_translation_can_be_undone_bit_for_bit(config):
     assert all(torch.equal(flux[key], expected[key]) for key in expected)
     again = load_released_mmdit(flux, asdict(config) | INTERLEAVED).state_dict()
     assert all(torch.equal(again[name], (model.state_dict() | summed)[name]) for name in again)
+
+
+def specs(tensors: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return {key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+
+def written(model: MMDiT, folder: Path, *, biases: bool = True) -> WeightFiles:
+    """A model as diffusers' folder of one file."""
+    folder.mkdir(exist_ok=True)
+    theirs = {key: tensor.contiguous() for key, tensor in translated(model).items()}
+    save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
+    if biases and model.config.cond_embed:
+        ours = {name: model.state_dict()[name] for name in BIASES}
+        save_file(biases_file(ours, model.config), folder / BIASES_FILE)
+    return WeightFiles.open(folder)
+
+
+def read_back(files: WeightFiles, config: MMDiTConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = MMDiT(config).state_dict()
+    ours = {name: torch.full(tensor.shape, torch.nan) for name, tensor in shapes.items()}
+    load_segments(files, [Target(ours[name], diffusers_segments(name, config, files.specs)) for name in ours])
+    return ours
+
+
+@settings(max_examples=12)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([8, 16]),
+    depth=st.integers(0, 2),
+    single=st.integers(1, 2),
+    channels=st.integers(1, 3),
+    patch=st.integers(1, 3),
+    cond=st.booleans(),
+    guidance=st.booleans(),
+)
+def test_every_tensor_comes_back_bit_for_bit(
+    tmp_path_factory, heads, head_dim, depth, single, channels, patch, cond, guidance
+):
+    config = MMDiTConfig(
+        in_channels=channels * patch**2,
+        vec_in_dim=5,
+        context_in_dim=7,
+        hidden_size=heads * head_dim,
+        num_heads=heads,
+        depth=depth,
+        depth_single_blocks=single,
+        axes_dim=(head_dim // 2, head_dim // 4, head_dim // 4),
+        guidance_embed=guidance,
+        cond_embed=cond,
+        patch_size=patch,
+    )
+    model = random_model(config)
+    files = written(model, tmp_path_factory.mktemp("d"))
+    shapes = {key: spec.shape for key, spec in specs(translated(model)).items()}
+    assert diffusers_shapes(config) == shapes
+    check_biases(files)
+    found = read_back(files, config)
+    assert {name for name, tensor in model.state_dict().items() if not torch.equal(found[name], tensor)} == set()
+    form = mmdit_form(files.specs, {"config": json.dumps(diffusers_config(config))})
+    read = {field: value for field, value in form.items() if hasattr(config, field)}
+    expected = asdict(config) if cond else asdict(config) | {"patch_size": 2}  # which then nothing says
+    assert read == expected
+
+
+def test_without_the_side_file_one_bias_has_the_sum(tmp_path):
+    model = random_model(CONDITIONED)
+    found = read_back(written(model, tmp_path, biases=False), CONDITIONED)
+    assert not found["cond_in.bias"].any()
+    assert torch.equal(found["img_in.bias"], model.img_in.bias + model.cond_in.bias)
+
+
+def test_a_side_file_of_other_weights_is_refused(tmp_path):
+    files = written(random_model(CONDITIONED), tmp_path)
+    check_biases(files)
+    with torch.no_grad():
+        changed = random_model(CONDITIONED)
+        changed.img_in.bias[3] += 1
+    theirs = {key: tensor.contiguous() for key, tensor in translated(changed).items()}
+    save_file(theirs, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=f"{BIASES_FILE}: .*changed since: remove this file"):
+        check_biases(WeightFiles.open(tmp_path))
+
+
+def test_the_configuration_of_the_autoencoder_is_that_of_its_class():
+    config = HunyuanVAEConfig(block_out_channels=(32, 32, 64, 64), layers_per_block=1)
+    theirs = diffusers_vae_config(config)
+    assert (theirs["block_out_channels"], theirs["layers_per_block"]) == ([32, 32, 64, 64], 1)
+    with pytest.raises(UserError, match=r"shift_factor=0\.5, but AutoencoderKLHunyuanVideo .*--to released"):
+        diffusers_vae_config(replace(config, shift_factor=0.5))
 
 
 def flux_transformer(p: dict[str, Tensor], config: dict, x: Tensor, txt: Tensor, ids: Tensor, vec: dict) -> Tensor:

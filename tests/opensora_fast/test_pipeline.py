@@ -1,193 +1,210 @@
-"""`opensora-fast sample` from a run folder to a file, on a tiny random model."""
+"""`VideoPipeline`: called from Python with whatever its users have."""
 
-import json
-from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from opensora_fast import cli
-from opensora_fast.checkpoint_folder import read_recipe
-from opensora_fast.config import MMDIT_PRESETS, VideoDCAEConfig
-from opensora_fast.dc_ae import VideoDCAE
-from opensora_fast.mmdit import MMDiT
-from opensora_fast.text import save_tiny_text_encoders
-from opensora_fast.train.checkpoint import RunFolder
-from opensora_fast.video_io import probe, read_clip, read_image, read_video_metadata, write_image, write_video
+import opensora_fast
+from opensora_fast.errors import UserError
+from opensora_fast.pipeline import VideoPipeline, nearest_ratio
+from opensora_fast.reference_pixels import clip_pixels, image_pixels
+from opensora_fast.resolutions import ASPECT_RATIOS, video_size
+from opensora_fast.sampling_settings import SamplingSettings
+from opensora_fast.video_io import write_image, write_video
 
 pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+Image = pytest.importorskip("PIL.Image")
 
-MODEL = replace(MMDIT_PRESETS["tiny"], hidden_size=32, axes_dim=(4, 6, 6), depth_single_blocks=1)
-AUTOENCODER = VideoDCAEConfig(
-    latent_channels=4,
-    encoder_widths=(8, 8, 16),
-    decoder_widths=(8, 8, 16),
-    encoder_depths=(1, 1, 1),
-    decoder_depths=(1, 1, 1),
-    encoder_block_types=("ResBlock",) * 3,
-    decoder_block_types=("ResBlock",) * 3,
-    temporal_downsample=(True, True, False),
-    scaling_factor=0.5,
-)
-
-
-def random_tensors(module, prefix, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        f"{prefix}.{name}": 0.2 * torch.randn(tensor.shape, generator=generator)
-        for name, tensor in module.state_dict().items()
-    }
-
-
-def save_checkpoint(folder, recipe, tensors):
-    with closing(RunFolder(folder.parent, keep=1)) as run:
-        run.save(int(folder.name.removeprefix("step-")), tensors, {}, recipe)
-        assert run.wait() == folder
+SMALL = {"resolution": "32px", "aspect_ratio": "1:1", "num_frames": 5, "num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A diffusion run with one checkpoint, beside the autoencoder run and the text encoders that it names."""
-    root = tmp_path_factory.mktemp("runs")
-    save_tiny_text_encoders(root / "text", t5_dim=MODEL.context_in_dim, clip_dim=MODEL.vec_in_dim, seed=0)
-    section = {"kind": "video_dc_ae", "weights": None, "config": asdict(AUTOENCODER)}
-    save_checkpoint(
-        root / "ae" / "step-3",
-        {"name": "ae", "autoencoder": section},
-        random_tensors(VideoDCAE(AUTOENCODER), "model", seed=1),
+def pipe(released_folder):
+    return VideoPipeline.from_pretrained(released_folder("open-sora-v2"))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+
+
+def test_it_is_found_where_users_look():
+    assert opensora_fast.VideoPipeline is VideoPipeline
+
+
+def test_the_forms_of_a_result_are_one_video(pipe):
+    video = pipe("rain", seed=1, **SMALL).frames
+    assert video.shape == (1, 5, 32, 32, 3)
+    assert video.dtype == np.float32
+    assert 0 <= video.min() < video.max() <= 1
+    tensor = pipe("rain", seed=1, output_type="pt", **SMALL).frames
+    assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), video)
+    [pictures] = pipe("rain", seed=1, output_type="pil", **SMALL).frames
+    assert [each.size for each in pictures] == [(32, 32)] * 5
+    assert np.array_equal(np.stack([np.asarray(each) for each in pictures]), (video[0] * 255).round().astype(np.uint8))
+
+
+def test_several_prompts_are_several_videos(pipe):
+    videos = pipe(["rain", "snow"], seed=1, **SMALL).frames
+    alone = pipe("snow", seed=2, **SMALL).frames
+    np.testing.assert_allclose(videos[1], alone[0], atol=1e-4)
+    other = pipe(["rain", "snow"], negative_prompt=["", "fog"], seed=1, **SMALL).frames
+    np.testing.assert_allclose(videos[0], other[0], atol=1e-4)
+    assert np.abs(videos[1] - other[1]).max() > 1e-3
+
+
+def test_a_generator_draws_the_seed_and_goes_on(pipe):
+    def pair(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [pipe("rain", generator=generator, **SMALL).frames for _ in range(2)]
+
+    first, again = pair(0), pair(0)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(*first)
+
+
+def test_settings_are_those_of_the_call_then_of_the_pipeline(pipe):
+    small = replace(pipe.defaults, resolution="32px", aspect_ratio="1:1", frames=5, steps=2, motion_score=None)
+    video = pipe("rain", settings=small).frames
+    assert video.shape == (1, 5, 32, 32, 3)
+    assert pipe("rain", settings=small, height=32, width=48).frames.shape == (1, 5, 32, 48, 3)
+    sized = replace(small, height=32, width=48)
+    assert pipe("rain", settings=sized).frames.shape == (1, 5, 32, 48, 3)
+    assert pipe("rain", settings=sized, resolution="32px").frames.shape == (1, 5, 32, 32, 3)
+    assert not np.array_equal(video, pipe("rain", settings=small, motion_score=4).frames)
+
+
+def test_pictures_in_every_form(pipe, picture, tmp_path):
+    write_image(tmp_path / "a.png", torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1)
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    forms = [Image.fromarray(picture), picture, picture / np.float32(255), tensor, tensor / 255]
+    expected = image_pixels(picture, (32, 32))
+    assert expected.shape == (3, 1, 32, 32)
+    for form in forms:
+        assert torch.equal(image_pixels(form, (32, 32)), expected)
+    assert (image_pixels(tmp_path / "a.png", (32, 32)) - expected).abs().max() < 0.1  # swscale's filter
+    videos = [pipe("rain", image=form, **SMALL).frames for form in (forms[0], forms[4])]
+    assert np.array_equal(*videos)
+    assert not np.array_equal(videos[0], pipe("rain", **SMALL).frames)
+    assert not np.array_equal(videos[0], pipe("rain", last_image=picture, **SMALL).frames)
+
+
+def test_videos_in_every_form(picture, tmp_path):
+    frames = np.stack([np.roll(picture, shift, 1) for shift in range(12)])
+    pictures = [Image.fromarray(each) for each in frames]
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    for end in ("head", "tail"):
+        expected = clip_pixels(frames, 8, 24, (32, 32), end)
+        assert expected.shape == (3, 8, 32, 32)
+        for form in (pictures, tensor, list(frames)):
+            assert torch.equal(clip_pixels(form, 8, 24, (32, 32), end), expected)
+    assert torch.equal(clip_pixels(frames, 8, 24, (32, 32), "tail")[:, -1:], image_pixels(frames[-1], (32, 32)))
+    write_video(tmp_path / "v.mp4", tensor.permute(1, 0, 2, 3).float() / 127.5 - 1, 24)
+    thinned = clip_pixels(tmp_path / "v.mp4", 3, 12, (32, 32), "tail")
+    all_frames = clip_pixels(tmp_path / "v.mp4", 12, 24, (32, 32), "head")
+    assert torch.equal(thinned, all_frames[:, [7, 9, 11]])
+    with pytest.raises(UserError, match="12 frames at 24 per second are not the 7 at 12"):
+        clip_pixels(tmp_path / "v.mp4", 7, 12, (32, 32), "tail")
+
+
+@pytest.mark.parametrize(
+    ("visual", "message"),
+    [
+        (np.zeros((4, 4)), r"pixels of shape \[4, 4\]"),
+        (np.zeros((4, 4, 3), np.int64), "pixels of type int64"),
+        (np.full((4, 4, 3), 2.0), "lie in \\[0, 1\\]"),
+        (np.full((4, 4, 3), np.nan), "lie in \\[0, 1\\]"),
+        (torch.zeros(4, 4, 3), "pixels of shape"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "the image is 2 frames"),
+        ([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)], "differ in size"),
+        (7, "a int is no picture"),
+        ([], "a list is no picture"),
+    ],
+)
+def test_what_is_no_picture_is_named(visual, message):
+    with pytest.raises(UserError, match=message):
+        image_pixels(visual, (4, 4))
+
+
+def test_the_callback_sees_every_step(pipe):
+    seen = []
+
+    def watch(called, step, time, tensors):
+        assert called is pipe
+        seen.append((step, time, tuple(tensors["latents"].shape)))
+
+    video = pipe("rain", callback_on_step_end=watch, **SMALL).frames
+    assert [(step, shape) for step, _, shape in seen] == [(0, (1, 16, 2, 4, 4)), (1, (1, 16, 2, 4, 4))]
+    assert seen[0][1] == 1
+    assert 0 < seen[1][1] < 1
+    assert np.array_equal(video, pipe("rain", **SMALL).frames)
+
+
+def test_flux_paints_what_a_prompt_begins_with(pipe, released_folder):
+    models = VideoPipeline.from_pretrained(
+        released_folder("open-sora-v2"), flux=released_folder("diffusers-flux"), flux_resolution="32px"
     )
-    recipe = {
-        "name": "stage",
-        "model": asdict(MODEL),
-        "autoencoder": section | {"weights": str(root / "ae")},
-        "text": {
-            "t5": str(root / "text" / "t5"),
-            "clip": str(root / "text" / "clip"),
-            "max_length_t5": 16,
-            "max_length_clip": 64,
-        },
-        "sampling_defaults": {"resolution": "32px", "aspect_ratio": "1:1", "frames": 8, "fps": 12},
-    }
-    model = MMDiT(MODEL)
-    tensors = random_tensors(model, "model", seed=2) | random_tensors(model, "ema", seed=3)
-    save_checkpoint(root / "stage" / "step-7", recipe, tensors)
-    return root / "stage"
+    plain, painted = (each("rain", **SMALL).frames for each in (pipe, models))
+    assert not np.array_equal(plain, painted)
+    assert np.array_equal(plain, models("rain", condition="t2v", **SMALL).frames)
+    assert models("rain", **SMALL | {"num_frames": 1}).frames.shape == (1, 1, 32, 32, 3)
 
 
-@pytest.fixture
-def clip(tmp_path):
-    """A 48-frame video at 24 frames per second and an image, of another size than what is sampled."""
-    pixels = torch.rand(3, 48, 48, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    write_video(tmp_path / "in.mp4", pixels, 24)
-    write_image(tmp_path / "in.png", pixels[:, 0])
-    return tmp_path
-
-
-def sample(run, out, *words):
-    return cli.main(["sample", "--checkpoint", str(run), "--prompt", "rain", "--steps", "2", "--out", str(out), *words])
-
-
-def test_a_video_with_its_request(run, tmp_path, capsys):
-    out = tmp_path / "new" / "clip.mp4"
-    assert sample(run, out) == 0
-    assert str(out) in capsys.readouterr().out
-    info = probe(out)
-    assert (info.num_frames, info.height, info.width, info.fps) == (8, 32, 32, 12)
-    request = json.loads(read_video_metadata(out)["comment"])
-    assert request["prompt"] == "rain"
-    assert request["checkpoint"] == str(run / "step-7")
-    assert (request["frames"], request["steps"], request["guidance"], request["condition"]) == (8, 2, 7.5, "t2v")
-
-
-def test_the_request_makes_the_file(run, tmp_path):
-    variants = {
-        "first": [],
-        "again": [],
-        "seed": ["--seed", "1"],
-        "model": ["--weights", "model"],
-        "ema": ["--weights", "ema"],
-    }
-    for name, words in variants.items():
-        assert sample(run / "step-7" if name == "again" else run, tmp_path / f"{name}.mp4", *words) == 0
-    assert (tmp_path / "first.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
-    frames = {name: read_clip(tmp_path / f"{name}.mp4", 0, 8) for name in variants}
-    assert np.array_equal(frames["first"], frames["ema"])
-    assert not np.array_equal(frames["first"], frames["seed"])
-    assert not np.array_equal(frames["first"], frames["model"])
-
-
-def test_an_image(run, tmp_path):
-    out = tmp_path / "picture.png"
-    assert sample(run, out, "--frames", "1", "--aspect-ratio", "16:9", "--resolution", "64px") == 0
-    assert read_image(out).shape == (1, 48, 80, 3)
-    assert b'"frames": 1' in out.read_bytes()
+def test_a_budget_is_for_the_largest_video(released_folder):
+    small = SamplingSettings(height=32, width=32, frames=9, steps=2)
+    pipe = VideoPipeline.from_pretrained(released_folder("open-sora-v2"), memory_budget="2GiB", largest=small)
+    assert pipe("rain", settings=small).frames.shape == (1, 9, 32, 32, 3)
+    with pytest.raises(UserError, match="13 frames of 32 x 32: the memory budget is for one video of 9216 pixels"):
+        pipe("rain", settings=small, num_frames=13)
+    with pytest.raises(UserError, match="^2 x 9 frames"):
+        pipe(["rain", "snow"], settings=small)
 
 
 @pytest.mark.parametrize(
-    ("options", "condition"),
+    ("arguments", "message"),
     [
-        ({"--image": "in.png"}, "i2v_head"),
-        ({"--last": "in.png"}, "i2v_tail"),
-        ({"--image": "in.png", "--last": "in.png"}, "i2v_loop"),
-        ({"--video": "in.mp4"}, "v2v_head"),
+        ({"num_frames": 6}, "frames=6"),
+        ({"height": 32}, "height=32 without width"),
+        ({"height": 32, "width": 40}, "width=40: must be a multiple of 16"),
+        ({"condition": "i2v_head"}, "is made of image and got no file"),
+        ({"seed": 1, "generator": torch.Generator()}, "seed and generator: give one"),
+        ({"output_type": "mp4"}, "output_type='mp4': use 'np', 'pt' or 'pil'"),
+        ({"negative_prompt": ["a", "b"]}, "negative"),
+        ({"prompt": []}, "prompt is an empty list"),
+        ({"video": "v.mp4", "image": "a.png"}, "a video cannot be combined"),
     ],
 )
-def test_images_and_videos_as_conditions(run, clip, options, condition):
-    out, plain = clip / "out.mp4", clip / "plain.mp4"
-    files = [word for option, name in options.items() for word in (option, str(clip / name))]
-    assert sample(run, out, "--frames", "40", "--fps", "24", *files) == 0
-    assert json.loads(read_video_metadata(out)["comment"])["condition"] == condition
-    assert sample(run, plain, "--frames", "40", "--fps", "24") == 0
-    assert not np.array_equal(read_clip(out, 0, 40), read_clip(plain, 0, 40))
+def test_wrong_calls_are_named(arguments, message, pipe):
+    with pytest.raises(UserError, match=message):
+        pipe(**{"prompt": "rain"} | SMALL | arguments)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--frames", "9"], "frames"),
-        (["--frames", "4"], "frames=4: the autoencoder decodes them to 1"),
-        (["--frames", "1"], "is written as .png"),
-        (["--steps", "0"], "steps=0: must be at least 1"),
-        (["--resolution", "huge"], "resolution 'huge' is not known"),
-        (["--aspect-ratio", "16x9"], "aspect ratio '16x9' is not known"),
-        (["--image", "nowhere.png"], "--image nowhere.png: no such file"),
-        (["--video", "in.mp4", "--image", "in.png"], "--video cannot be combined"),
-        (
-            ["--video", "in.mp4", "--frames", "40", "--fps", "12"],
-            "--video in.mp4: 48 frames at 24 per second are not the 32",
-        ),
-    ],
-)
-def test_a_request_that_cannot_be_met_is_one_line(run, clip, words, message, capsys, monkeypatch):
-    monkeypatch.chdir(clip)
-    assert sample(run, "out.mp4", *words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (clip / "out.mp4").exists()
+def test_a_folder_without_parts_is_named(released_folder, tmp_path):
+    with pytest.raises(UserError, match="nowhere: does not exist"):
+        VideoPipeline.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "model.safetensors").symlink_to(released_folder("open-sora-v2") / "Open_Sora_v2.safetensors")
+    parts = released_folder("open-sora-v2")
+    with pytest.raises(UserError, match="no autoencoder of 16 latent channels lies beside it"):
+        VideoPipeline.from_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="t5-v1_1-xxl: no such folder; put the text encoder there, or name it with --t5"
+    ):
+        VideoPipeline.from_pretrained(tmp_path, autoencoder=parts / "hunyuan_vae.safetensors")
+    pipe = VideoPipeline.from_pretrained(
+        tmp_path / "model.safetensors",
+        autoencoder=parts / "hunyuan_vae.safetensors",
+        t5=parts / "google/t5-v1_1-xxl",
+        clip=parts / "openai/clip-vit-large-patch14",
+    )
+    assert pipe("rain", **SMALL).frames.shape == (1, 5, 32, 32, 3)
 
 
-def test_checkpoints_that_are_none(run, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for path in (tmp_path / "nowhere", tmp_path / "empty", run.parent / "ae"):
-        assert sample(path, tmp_path / "out.mp4") == 2
-        assert str(path) in capsys.readouterr().err
-
-
-def test_another_architecture_is_named(run, tmp_path, capsys):
-    recipe = read_recipe(run / "step-7")
-    deeper = random_tensors(MMDiT(replace(MODEL, depth=2)), "model", seed=0)
-    recipe["model"] |= {"hidden_size": 64, "axes_dim": [8, 12, 12]}
-    save_checkpoint(tmp_path / "step-1", recipe, deeper)
-    assert sample(tmp_path, tmp_path / "out.mp4") == 2
-    assert "another architecture" in capsys.readouterr().err
-
-
-def test_unknown_options_are_named(run, tmp_path, capsys):
-    assert sample(run, tmp_path / "out.mp4", "--wings", "2") == 2
-    said = capsys.readouterr().err
-    assert "--wings" in said
-    assert said.count("\n") == 1
+@pytest.mark.parametrize("resolution", ["256px", "768px"])
+@pytest.mark.parametrize("ratio", ASPECT_RATIOS)
+def test_the_ratio_of_a_size_is_found_again(resolution, ratio):
+    height, width = video_size(resolution, ratio, 16, training=False)
+    found = video_size(resolution, nearest_ratio(height, width), 16, training=False)
+    assert found == (height, width)

@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty.pth").touch()
     torch.save({"a": Payload()}, tmp_path / "code.pt")
     torch.save({"model": tensors}, tmp_path / "nested.pt")
-    (tmp_path / "weights.bin").touch()
+    (tmp_path / "weights.onnx").touch()
     (tmp_path / "folder").mkdir()
     write_shards(tmp_path / "torn", {"1.safetensors": tensors, "2.safetensors": {"b": torch.zeros(1)}})
     (tmp_path / "torn" / "2.safetensors").unlink()
@@ -251,8 +251,8 @@ def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path):
         "empty.pth": "damaged",
         "code.pt": "pickled code, which is not run",
         "nested.pt": "not a flat state dict",
-        "weights.bin": "suffix '.bin'",
-        "folder": "0 files",
+        "weights.onnx": "suffix '.onnx'",
+        "folder": "0 .safetensors files",
         "torn": "lacks 2.safetensors",
         "lost": "lack b",
         "garbled": "damaged",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from opensora_fast import safetensors_file
 from opensora_fast.errors import UserError
 from opensora_fast.kernels import extension
-from opensora_fast.safetensors_file import TensorSpec, parse_header, read_files, read_header, split
+from opensora_fast.safetensors_file import Rows, SafetensorsFiles, TensorSpec, parse_header, read_header, split
 
 DTYPES = sorted(safetensors_file.DTYPES.items())
 
@@ -50,6 +50,14 @@ CONTENTS = st.dictionaries(
 )
 
 
+def read_files(paths: list[Path]) -> dict[str, torch.Tensor]:
+    """Every tensor of these files."""
+    files = SafetensorsFiles(paths)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in files.specs.items()}
+    files.read([Rows(name, 0, tensor) for name, tensor in tensors.items()])
+    return tensors
+
+
 @settings(max_examples=40)
 @given(contents=CONTENTS, metadata=st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2))
 def test_what_is_written_is_what_the_library_reads_and_the_other_way_round(tmp_path_factory, contents, metadata):
@@ -75,6 +83,23 @@ def test_tensors_of_several_files_are_read_together_and_across_chunks(tmp_path, 
     assert_same(read_files([tmp_path / "0", tmp_path / "1"]), tensors)
     with pytest.raises(UserError, match="in another file, too"):
         read_files([tmp_path / "0", tmp_path / "0"])
+
+
+@settings(max_examples=30)
+@given(data=st.data(), rows=st.integers(0, 40), columns=st.integers(1, 7), dtype=st.sampled_from(DTYPES))
+def test_any_rows_are_read_and_nothing_else(tmp_path_factory, data, rows, columns, dtype):
+    dtype = dtype[1]
+    folder = tmp_path_factory.mktemp("files")
+    tensors = {name: filled(dtype, (rows, columns), seed) for seed, name in enumerate("ab")}
+    save_file(tensors, folder / "file")
+    stop = data.draw(st.integers(0, rows))
+    start = data.draw(st.integers(0, stop))
+    poison = filled(dtype, (rows + 2, columns), 9)  # a row of each side must stay
+    target = poison.clone()[: stop - start + 2]
+    SafetensorsFiles([folder / "file"]).read([Rows("b", start, target[1:-1])])
+    assert bits(target[1:-1]) == bits(tensors["b"][start:stop])
+    assert bits(target[:1]) == bits(poison[:1])
+    assert bits(target[-1:]) == bits(poison[stop - start + 1 : stop - start + 2])
 
 
 @settings(max_examples=50)
@@ -206,7 +231,8 @@ def test_a_file_cut_after_its_header_was_read_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_the_native_module_reading_says_how_to_build_it(tmp_path, monkeypatch):
+    save_file({"a": torch.zeros(1)}, tmp_path / "file")
     missing = extension.Extension(module=None, missing={"host": "not built", "cuda": "not built"})
     monkeypatch.setattr(extension, "load", lambda: missing)
     with pytest.raises(UserError, match="not built"):
-        read_files([Path("any")])
+        read_files([tmp_path / "file"])

@@ -1,6 +1,7 @@
 """Guided sampling: the released result, with no pass that is not needed; and whole videos of a small model."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_each_item_may_have_its_own_negative_prompt():
         torch.testing.assert_close(both[[item]], denoise(LinearModel(), **alone, **GUIDANCE))
 
 
-def test_modulation_is_computed_for_distinct_prompts_only(golden, golden_model, monkeypatch):
+def test_modulation_is_computed_once_and_for_distinct_prompts_only(golden, golden_model, monkeypatch):
     rows = []
     modulation = type(golden_model).modulation
 
@@ -177,7 +178,65 @@ def test_modulation_is_computed_for_distinct_prompts_only(golden, golden_model, 
 
     monkeypatch.setattr(type(golden_model), "modulation", counting)
     denoise(golden_model, **golden("denoise_tiny")[1]["input"], **GUIDANCE)
-    assert rows == [2] * 11 + [1, 2, 1]
+    assert rows == [14 * 2]
+
+
+class Straight:
+    """Knows the data: its velocity leads straight there."""
+
+    def __init__(self, data):
+        self.data_BNC = patchify(data, 2)
+
+    def __call__(self, img, img_ids, txt, txt_ids, timesteps, y_vec, cond=None):
+        repeats = len(img) // len(self.data_BNC)
+        return (img - self.data_BNC.repeat(repeats, 1, 1)) / timesteps.view(-1, 1, 1)
+
+
+def test_previews_are_the_clean_latents_that_the_steps_predict():
+    arguments = inputs(conditioned=False, steps=5)
+    data = torch.randn(2, 4, 3, 4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    told = []
+    latent = denoise(
+        Straight(data), **arguments, **GUIDANCE, on_latent=lambda step, clean: told.append((step, clean.clone()))
+    )
+    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
+    for _, clean in told:
+        torch.testing.assert_close(clean, data)
+    torch.testing.assert_close(latent, told[-1][1])
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_a_distilled_model_takes_its_scale_as_an_input(precomputed):
+    config = replace(MMDIT_PRESETS["tiny"], guidance_embed=True, cond_embed=False)
+    distilled = MMDiT(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in distilled.parameters():
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    noise, txt, vec = (torch.randn(shape, generator=generator) for shape in ((1, 4, 1, 4, 6), (1, 5, 48), (1, 32)))
+    times = sampling_schedule(3, 6, 1)
+    latent = denoise(
+        distilled if precomputed else lambda *args, **options: distilled(*args, **options),
+        noise,
+        timesteps=times,
+        txt=txt,
+        vec=vec,
+        null_txt=txt,
+        null_vec=vec,
+        mask=None,
+        reference=None,
+        guidance_txt=1.0,
+        guidance_img=1.0,
+        oscillate_txt=False,
+        oscillate_img=False,
+        dynamic_img_guidance=False,
+        embedded_guidance=4.0,
+    )
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(3))[None]
+    scale = torch.tensor([4.0])
+    for now, then in pairwise(times):
+        tokens = distilled(patchify(noise, 2), ids, txt, torch.zeros(1, 5, 3), now[None], vec, guidance=scale)
+        noise = noise + (then - now) * unpatchify(tokens, 2, (1, 4, 6))
+    torch.testing.assert_close(latent, noise)
 
 
 def test_half_a_condition_is_refused():
@@ -268,6 +327,21 @@ def test_given_frames_are_kept_for_every_item(model, condition, given):
     for frame, end in given.items():
         assert torch.equal(autoencoder.decoded[:, :, [frame]], autoencoder.encode(pixels[end]))
     assert not torch.equal(autoencoder.decoded[:, :, 1], torch.zeros_like(autoencoder.decoded[:, :, 1]))
+
+
+def test_previews_show_the_given_frames(model):
+    autoencoder, head = Blocks(), torch.rand(1, 3, 1, 64, 64)
+    shown = []
+
+    def on_latent(step, latent):
+        shown.append(latent)
+
+    options = {"condition": "i2v_head", "head_BCFHW": head, "on_latent": on_latent}
+    sample(model, autoencoder, Letters(), ["rain"], SMALL, **options)
+    assert len(shown) == SMALL.steps
+    for latent in shown:
+        assert torch.equal(latent[:, :, [0]], autoencoder.encode(head))
+    torch.testing.assert_close(shown[-1], autoencoder.decoded)
 
 
 def test_the_given_frame_changes_the_rest(model):

@@ -19,6 +19,7 @@ from opensora_fast.video_io import (
     probe,
     read_clip,
     read_image,
+    read_image_metadata,
     read_video_metadata,
     resize_crop,
     write_image,
@@ -127,6 +128,20 @@ def test_png_keeps_pixels_and_text(tmp_path):
     record = data[place : place + 4 + length]
     assert record[4:] == b"comment\0\0\0\0\0" + "a café, 猫".encode()
     assert struct.unpack(">I", data[place + 4 + length :][:4]) == (zlib.crc32(record),)
+
+
+def test_the_records_of_a_png_are_read_back(tmp_path):
+    path = tmp_path / "a.png"
+    records = {"comment": "a café, 猫", "title": ""}
+    write_image(path, torch.zeros(3, 16, 16), records)
+    assert read_image_metadata(path) == records
+    path.write_bytes(path.read_bytes()[:-5])  # within the head of the last chunk
+    for broken in (path, tmp_path / "nowhere.png"):
+        with pytest.raises(UserError, match=f"{broken.name}: cannot be read"):
+            read_image_metadata(broken)
+    path.write_text("no picture")
+    with pytest.raises(UserError, match=r"a.png: is no \.png"):
+        read_image_metadata(path)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 96), (128, 64), (31, 17)], ids=str)

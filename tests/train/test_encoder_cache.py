@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from opensora_fast import cli
 from opensora_fast.autoencoder import StoredLayout
 from opensora_fast.conditions import encoded_pieces, possible
+from opensora_fast.config import HunyuanVAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.train import cache_encoding, cache_plan, cache_settings, cache_store, diffusion_inputs, encoder_cache
@@ -58,6 +59,7 @@ CPU = torch.device("cpu")
 SMALL = ["--model.hidden_size", "32", "--model.num_heads", "1", "--model.axes_dim", "8", "12", "12"]
 SMALL += ["--model.depth", "1", "--model.depth_single_blocks", "1", "--loop.device", "cpu", "--data.workers", "1"]
 BUCKETS = {"64px": {16: ((1.0, 0.5), 1), 8: (1.0, 1), 1: (1.0, 1)}}
+HUNYUAN_SECTION = {"kind": "hunyuan", "config": HunyuanVAEConfig(), "untrained_seed": None}
 
 
 def waves(number: int, frames: int = 34) -> Tensor:
@@ -690,7 +692,7 @@ def test_a_shard_that_cannot_be_opened_is_named(spoil: str, folder: Path, copy: 
         ("text", {"t5": "MADE"}, "text.t5: the cache .* was made with other weights than those this recipe names"),
         ("autoencoder", {"weights": "MADE"}, "autoencoder.weights: the cache .* was made with other weights"),
         ("autoencoder", {"weights": "nowhere"}, "autoencoder.weights=.*nowhere: No such file"),
-        ("autoencoder", {"kind": "hunyuan"}, "autoencoder.kind is hunyuan here"),
+        ("autoencoder", HUNYUAN_SECTION, "autoencoder.kind is hunyuan here"),
         ("model", {"in_channels": 32}, "has latents of 16 channels, model.in_channels / patch_size\\^2 is 8"),
         ("model", {"context_in_dim": 48}, r"has txt of shape \(64, 64\), and the model takes \(64, 48\)"),
         (None, {"condition_weights": {"v2v_head": 1.0}}, None),
@@ -731,7 +733,8 @@ def test_references_that_a_cache_lacks_are_refused(folder: Path, weights: dict, 
         ({"condition_weights": {"t2v": 1.0}}, "condition_weights is t2v here, .* with i2v_head, i2v_loop"),
         ({"decoder": "another"}, "decoder .by what is installed. is another here, and the cache .* was made with"),
         ({"data": {"cache": "there"}}, "data.cache=there: a cache is made from clips"),
-        ({"autoencoder": {"kind": "hunyuan"}}, "needs latents of the Hunyuan autoencoder, which this version does not"),
+        ({"autoencoder": HUNYUAN_SECTION}, "autoencoder.kind is hunyuan here, and the cache .* with video_dc_ae"),
+        ({"autoencoder": HUNYUAN_SECTION | {"weights": None}}, "autoencoder.weights is not set: recipe demo_stage2"),
         ({"data": {"buckets": {"256px": {1: (1.0, 1)}}}}, "clips.parquet: no clip fits a bucket .*4 smaller than"),
         ({"data": {"index": None}}, "data.index is not set"),
     ],

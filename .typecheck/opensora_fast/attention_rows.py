@@ -1,0 +1,1 @@
+../../opensora_fast/attention_rows.py

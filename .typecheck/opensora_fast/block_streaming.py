@@ -1,0 +1,1 @@
+../../opensora_fast/block_streaming.py

@@ -1,0 +1,1 @@
+../../opensora_fast/compiled_blocks.py

@@ -1,0 +1,1 @@
+../../opensora_fast/fp8_weights.py

@@ -1,0 +1,1 @@
+../../opensora_fast/loaded_models.py

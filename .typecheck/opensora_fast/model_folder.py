@@ -1,0 +1,1 @@
+../../opensora_fast/model_folder.py

@@ -1,0 +1,1 @@
+../../opensora_fast/modulation_schedule.py

@@ -1,0 +1,1 @@
+../../opensora_fast/packed_weights.py

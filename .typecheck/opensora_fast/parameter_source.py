@@ -1,0 +1,1 @@
+../../opensora_fast/parameter_source.py

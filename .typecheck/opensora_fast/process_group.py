@@ -1,0 +1,1 @@
+../../opensora_fast/process_group.py

@@ -1,0 +1,1 @@
+../../opensora_fast/rank_launcher.py

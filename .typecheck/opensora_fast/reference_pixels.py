@@ -1,0 +1,1 @@
+../../opensora_fast/reference_pixels.py

@@ -1,0 +1,1 @@
+../../opensora_fast/released_form.py

@@ -1,0 +1,1 @@
+../../opensora_fast/sampling_ranks.py

@@ -1,0 +1,1 @@
+../../opensora_fast/streamed_loading.py

@@ -1,0 +1,1 @@
+../../opensora_fast/text_folder.py

@@ -1,0 +1,1 @@
+../../opensora_fast/weight_files.py

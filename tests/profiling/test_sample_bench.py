@@ -1,0 +1,190 @@
+"""`bench sample`: what is measured and what is modelled cannot be taken for each other, and the model adds up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from opensora_fast import cli
+from opensora_fast.errors import UserError
+from opensora_fast.profiling import ledger, sample_bench, sample_cases, sample_model
+from opensora_fast.profiling.block import forward_traffic
+from opensora_fast.profiling.hardware import H200
+from opensora_fast.profiling.machine import Machine
+from opensora_fast.profiling.sample_cases import MODELS, Result, SampleCase
+from opensora_fast.profiling.sample_measurement import whole_video
+
+TINY = ["bench", "sample", "--model", "tiny", "--resolutions", "64px", "--steps", "13"]
+
+
+def case(model: str = "open-sora-v2", resolution: str = "768px", gpus: int = 1, **more) -> SampleCase:
+    sizes = {"frames": MODELS[model].frames, "steps": 50} | more
+    return SampleCase(model=model, resolution=resolution, gpus=gpus, **sizes)
+
+
+def test_a_row_is_measured_and_another_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "rows.jsonl"
+    assert cli.main([*TINY, "--device", "cpu", "--gpus", "8", "--timed_steps", "12", "--out", str(out)]) == 0
+    measured, modelled = ledger.read([out])
+    assert measured["status"] == "timed"
+    assert measured["case"].endswith("13 steps, 1 GPU")
+    assert (measured["timed_steps"], measured["passes"]) == (12, 11 * 2 + 1 + 2)
+    assert measured["p50"] == pytest.approx(sum(measured["phases"].values()))
+    assert all(measured["phases"][phase] > 0 for phase in ("text", "denoise", "decode"))
+    assert modelled["status"] == "modelled"
+    assert modelled["device"] == H200.name
+    assert "p50" not in modelled
+    assert "modelled for H200 by profiling.sample_model" in modelled["reason"]
+    assert modelled["seconds"] == pytest.approx(sum(modelled["phases"].values()))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "measured, 12 of 13 steps" in printed
+    assert "modelled" in printed
+
+
+def test_without_a_gpu_everything_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert cli.main([*TINY, "--device", "none", "--out", str(out)]) == 0
+    rows = ledger.read([out])
+    assert [row["status"] for row in rows] == ["modelled", "modelled"]
+    assert "measured on: nothing" in capsys.readouterr().out
+
+
+def test_the_released_models_stay_within_the_targets_by_the_model() -> None:
+    pytest.importorskip("diffusers")
+    one, eight = (sample_bench.modelled_result(case(gpus=gpus)) for gpus in (1, 8))
+    assert (one.case.target, eight.case.target) == (900, 130)
+    assert [line[-1] for line in sample_bench.table([one, eight])] == ["within, by the model"] * 2
+    # 80 passes of 5.09 PFLOP, four fifths of them attention, at the rates of the model: no faster than its products.
+    assert 80 * 5.09e15 / H200.matmul_flops < one.seconds["denoise"] < 80 * 5.09e15 / H200.matmul_flops * 1.25
+    assert one.seconds["denoise"] / 8 <= eight.seconds["denoise"] < one.seconds["denoise"] / 6
+    assert one.seconds["decode"] / 18 * 3 <= eight.seconds["decode"] < one.seconds["decode"] / 3  # 18 tiles on 8
+    assert one.seconds["text"] == eight.seconds["text"] > 0
+
+
+def test_passes_are_those_of_the_sampler() -> None:
+    assert sum(case().passes()) == 80
+    assert case().passes()[:12] == [2] * 11 + [1]
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_a_pass_more_is_no_faster(gpus: int) -> None:
+    one, two = (sample_model.step_seconds(case(resolution="256px", gpus=gpus), passes) for passes in (1, 2))
+    assert one < two
+
+
+def test_sizes_are_those_of_the_autoencoders() -> None:
+    for model, models in MODELS.items():
+        if model == "open-sora-v2":
+            pytest.importorskip("diffusers")
+        of = case(model, "256px")
+        autoencoder = of.autoencoder()
+        assert models.layout.compression == autoencoder.compression
+        assert models.layout.causal == autoencoder.causal
+        assert models.layout.latent_channels == autoencoder.latent_channels
+        assert of.config.latent_channels == autoencoder.latent_channels
+        assert of.latent_thw == autoencoder.latent_shape(of.frames, *of.size)
+        assert all(models.layout.frames_of(t) == autoencoder.frames_of(t) for t in (1, 2, 9))
+    assert case().video_tokens == 76_032
+
+
+def test_a_tile_of_a_size_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode in tiles costs each of them, and dealt out to as many ranks as tiles the longest."""
+    tiled = sample_cases.VideoDCAEConfig(
+        **{
+            **{name: getattr(sample_cases.TINY_AUTOENCODER, name) for name in ("latent_channels", "heads_dim")},
+            "encoder_widths": (8, 8),
+            "decoder_widths": (8, 8),
+            "encoder_depths": (1, 1),
+            "decoder_depths": (1, 1),
+            "encoder_block_types": ("ResBlock",) * 2,
+            "decoder_block_types": ("ResBlock",) * 2,
+            "temporal_downsample": (True, False),
+            "use_spatial_tiling": True,
+            "spatial_tile_size": 8,
+            "tile_overlap_factor": 0.0,
+        }
+    )
+    models = sample_cases.Models(
+        autoencoder=lambda: sample_cases.VideoDCAE(tiled), layout=MODELS["tiny"].layout, frames=8
+    )
+    monkeypatch.setitem(sample_cases.MODELS, "tiles", models)
+    monkeypatch.setitem(sample_cases.MMDIT_PRESETS, "tiles", sample_cases.MMDIT_PRESETS["tiny"])
+    tiles, rest, size = sample_model._decode_tiles("tiles", (2, 8, 8), H200)
+    assert len(tiles) == 4
+    assert len(set(tiles)) == 1
+    assert rest > 0
+    assert size == 3 * 4 * 16 * 16 * 2
+
+
+@pytest.mark.parametrize(("kernel", "rate"), [(3, H200.convolution_flops), (1, H200.matmul_flops)])
+def test_convolutions_have_a_rate_of_their_own(kernel: int, rate: float) -> None:
+    with FakeTensorMode(), torch.no_grad(), forward_traffic() as traffic:
+        x = torch.empty(1, 4096, 8, 16, 16, dtype=torch.bfloat16)
+        weight = torch.empty(4096, 4096, kernel, kernel, kernel, dtype=torch.bfloat16)
+        F.conv3d(x, weight, padding=kernel // 2)
+    assert traffic.kernels == 1
+    assert traffic.seconds == pytest.approx(2 * 4096**2 * kernel**3 * 8 * 16 * 16 / rate)
+
+
+def test_steps_that_were_timed_stand_for_the_others() -> None:
+    assert whole_video([9.0, 2.0, 4.0, 1.0], [2, 2, 2, 1, 2, 1]) == pytest.approx(4 * 3.0 + 2 * 1.0)
+    assert whole_video([9.0, 2.0, 2.0], [2, 2, 2, 1]) == pytest.approx(3 * 2.0 + 1.0)  # one pass was never timed
+    assert whole_video([3.0], [1]) == 3.0
+
+
+def test_what_has_no_figure_is_told_and_no_row_has_one(tmp_path: Path) -> None:
+    result = Result(case("tiny", "64px"), {"text": 1.0}, {"decode": "needs a package"}, timed_steps=3)
+    (line,) = sample_bench.table([result])
+    assert line[2:6] == ["1", "-", "-", "-"]
+    machine = Machine(cpu="a CPU", gpu=None, torch="2", commit=None)
+    (row,) = sample_bench.rows([result], machine, torch.device("cpu"))
+    ledger.append(tmp_path / "rows.jsonl", [row])
+    assert (row["status"], row["reason"]) == ("failed", "decode: needs a package")
+    assert "p50" not in row
+
+
+def test_a_missed_target_is_told() -> None:
+    slow = Result(case(), {"text": 1.0, "denoise": 1000.0, "decode": 1.0}, {}, timed_steps=14)
+    assert sample_bench.table([slow])[0][-2:] == ["900", "OVER"]
+    machine = Machine(cpu="a CPU", gpu="NVIDIA H200", torch="2", commit=None)
+    (row,) = sample_bench.rows([slow], machine, torch.device("cuda"))
+    ledger.check(row)
+    assert json.loads(json.dumps(row))["claims"][0]["aim"] == 900
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model", "none"], "--model none"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--frames", "7"], "--frames 7"),
+        (["--timed_steps", "0"], "--timed_steps 0"),
+        (["--resolutions", "big"], "resolution 'big'"),
+    ],
+)
+def test_bad_options_are_one_line(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TINY, "--device", "none", *words]) == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_no_silent_model() -> None:
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds no GPU"):
+        sample_bench.main(["--device", "cuda"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to measure on")
+def test_a_gpu_is_measured_where_one_is(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "rows.jsonl"
+    assert cli.main([*TINY, "--gpus", "8", "--out", str(out)]) == 0
+    measured, modelled = ledger.read([out])
+    assert (measured["status"], modelled["status"]) == ("timed", "modelled")
+    assert measured["device"].startswith("GPU")
