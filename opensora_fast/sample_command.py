@@ -209,18 +209,28 @@ def _plan(options: argparse.Namespace, parts: ModelFolder) -> _Plan:
         if isinstance(request, BrokenRow):
             plan.failed.append((request.name, str(request.error)))
             continue
-        for sample in repeated(request, options.num_samples):
+        try:
+            samples = repeated(request, options.num_samples)
+        except UserError as error:
+            samples = []
+            _fail(options, plan, request.name, error)
+        for sample in samples:
             try:
                 job = _job(options, parts, layout, sample)
                 if options.prompts is not None and _is_there(job):
                     plan.done.append(job.out)
                 else:
                     plan.jobs.append(job)
-            except (UserError, OSError) as error:
-                if options.prompts is None:
-                    raise
-                plan.failed.append((sample.name, str(error)))
+            except (UserError, OSError) as error:  # OSError: no name that a file can have
+                _fail(options, plan, sample.name, error)
     return plan
+
+
+def _fail(options: argparse.Namespace, plan: _Plan, name: str, error: Exception) -> None:
+    """A request of the command line that cannot be met is an error; one of a file is noted."""
+    if options.prompts is None:
+        raise error
+    plan.failed.append((name, str(error)))
 
 
 def _requests(options: argparse.Namespace, parts: ModelFolder) -> Sequence[SampleRequest | BrokenRow]:

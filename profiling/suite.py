@@ -11,11 +11,13 @@ stop the next. In this order, the most valuable first:
     yardstick  copy and launch ceilings by CuPy, and native ops on CuPy's arrays
     sanitize   compute-sanitizer over the tests of the CUDA kernels
     runtime    the runtime's tests on the GPU; saving and loading a state that lives there
+    sample     tests of streamed weights on the GPU; seconds of a video by phase
     compile    the rows of torch.compile
     report     the table and the picture
 
-OUT holds rows.jsonl, runtime.jsonl, summary.json, summary.txt, doctor.json, report.html and log.txt. The exit code is 1
-when anything was red. `--device cpu` is the dry run: the same parts on the CPU, with tiny shapes and few tests.
+OUT holds rows.jsonl, runtime.jsonl, sample.jsonl, summary.json, summary.txt, doctor.json, report.html and log.txt. The
+exit code is 1 when anything was red. `--device cpu` is the dry run: the same parts on the CPU, with tiny shapes and few
+tests.
 
 Standard library only, so that this process survives whatever is wrong with torch.
 """
@@ -55,12 +57,18 @@ OPS = (
 PROVIDERS = "ours,eager,liger,quack,cudnn,fused,flash,triton,gluon"  # torch.compile is slow to start, and comes last
 CUDA_OPS = ("pixel_shuffle", "adamw")  # with a CUDA kernel of ours, which compute-sanitizer watches
 RUNTIME_TESTS = (
-    "tests/train/test_host_memory.py",
+    "tests/opensora_fast/test_host_memory.py",
     "tests/train/test_staging.py",
     "tests/train/test_checkpoint.py",
     "tests/opensora_fast/test_checkpoint_reader.py",
 )
-PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "runtime", "compile", "report")
+SAMPLE_TESTS = (
+    "tests/opensora_fast/test_streamed_loading.py",
+    "tests/opensora_fast/test_block_streaming.py",
+    "tests/opensora_fast/test_memory_plan.py",
+    "tests/opensora_fast/test_hunyuan_vae.py",
+)
+PARTS = ("build", "doctor", "test", "time", "yardstick", "sanitize", "runtime", "sample", "compile", "report")
 # Seconds a process.
 LIMITS = {
     "build": 200,
@@ -70,12 +78,22 @@ LIMITS = {
     "yardstick": 40,
     "sanitize": 60,
     "runtime": 90,
+    "sample": 120,
     "compile": 200,
     "report": 40,
 }
 LEAST_SECONDS = 5  # nothing is started for less
 VIEW = PROJECT / ".typecheck"  # the package as an import root, where nothing is installed
-NAMES = ("rows.jsonl", "runtime.jsonl", "summary.json", "summary.txt", "doctor.json", "report.html", "log.txt")
+NAMES = (
+    "rows.jsonl",
+    "runtime.jsonl",
+    "sample.jsonl",
+    "summary.json",
+    "summary.txt",
+    "doctor.json",
+    "report.html",
+    "log.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +347,19 @@ def runtime(suite: Suite, ops: Sequence[str]) -> None:
     suite.add(suite.run("time checkpoint", command, limit=LIMITS["runtime"]))
 
 
+def sampling(suite: Suite, ops: Sequence[str]) -> None:
+    """Weights that are streamed, then a video's phases; few steps of each kind stand for fifty."""
+    if not suite.dry:
+        tests = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SAMPLE_TESTS)
+        suite.add(suite.run("test sample", tests, limit=LIMITS["sample"]))
+    size = ["--timed_steps", "4"]
+    if suite.dry:
+        size = ["--model", "tiny", "--resolutions", "64px", "--frames", "1", "--steps", "2"]
+    command = python("-m", "opensora_fast.cli", "bench", "sample", "--device", suite.device, *size)
+    command += ["--gpus", "1", "--out", str(suite.out / "sample.jsonl")]
+    suite.add(suite.run("time sample", command, limit=LIMITS["sample"]))
+
+
 def compiled(suite: Suite, ops: Sequence[str]) -> None:
     """torch.compile is slow to start: it comes last and is cut short where time is up; the rows so far are kept."""
     green = [op for op in ops if f"time {op}" not in suite.red()]
@@ -355,6 +386,7 @@ RUN: dict[str, Callable[[Suite, Sequence[str]], None]] = {
     "yardstick": yardstick,
     "sanitize": sanitize,
     "runtime": runtime,
+    "sample": sampling,
     "compile": compiled,
     "report": report,
 }

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from opensora_fast.config import MMDIT_PRESETS
-from opensora_fast.profiling import context_timeline, ledger, runtime_report
+from opensora_fast.profiling import context_timeline, ledger, runtime_report, sample_bench
 from opensora_fast.profiling.block import SHAPES, table
+from opensora_fast.profiling.sample_cases import SampleCase
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -101,3 +102,12 @@ def test_the_table_of_sequences_on_several_ranks_is_what_is_modelled() -> None:
             ]
             row = [name.split(":")[0], scheme, *(f"{ms:.2f} ms" for ms in sums)]
             assert f"| {' | '.join(row)} |" in README
+
+
+def test_the_table_of_sampling_is_what_is_modelled() -> None:
+    for resolution in sample_bench.RESOLUTIONS:
+        for gpus in sample_bench.GPUS:
+            case = SampleCase(model="open-sora-v2", resolution=resolution, frames=129, steps=50, gpus=gpus)
+            [[_, kind, *figures, _]] = sample_bench.table([sample_bench.modelled_result(case)])
+            assert kind == "modelled"
+            assert f"| {resolution}, {gpus} GPU{'s' * (gpus > 1)} | {' | '.join(figures)} |" in README

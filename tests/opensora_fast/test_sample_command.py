@@ -244,6 +244,14 @@ def test_a_broken_row_stops_nobody_and_the_second_run_goes_on(ckpts, files, tmp_
     assert measured(out / "list_0002.mp4") == (5, 32, 32, 24)
 
 
+def test_seeds_that_run_out_are_one_rows_failure(ckpts, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "list.csv", ["prompt", "seed"], ["rain", 2**63 - 1], ["snow", 0])
+    words = ["--prompts", prompts, "--frames", 1, "--num-samples", 2]
+    assert sample(ckpts, tmp_path / "out", *words, prompt=None) == 1
+    assert "2 made; 1 failed: list_0001" in capsys.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["list_0002_0.png", "list_0002_1.png"]
+
+
 def test_what_is_there_of_another_request_is_told_and_kept(ckpts, tmp_path, capsys):
     prompts = tmp_path / "list.jsonl"
     prompts.write_text('{"prompt": "rain", "name": "a", "frames": 5}\n{"prompt": "snow", "name": "b", "frames": 5}\n')
