@@ -7,7 +7,11 @@
              memory, with a reordered and a converted copy of one of them.
 
 Both directions are exact: exported to the other layout and back, every tensor has its bits again. (One thing is
-computed, and undone through a side file: see `diffusers_layout`.)
+computed, and undone through a side file: see `diffusers_layout`. And tensors that are of several dtypes, and rows of
+one parameter, all come back in the widest: `promoted` names them.)
+
+T5, CLIP and FLUX's image autoencoder have one layout. They are written as they are; into a folder with the other files
+that theirs is read with.
 
 Everything is written under a temporary name beside `out`, synced, and renamed: `out` is whole or not there.
 """
@@ -29,7 +33,6 @@ from torch import Tensor
 from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.diffusers_layout import (
     BIASES,
-    BIASES_FILE,
     biases_file,
     diffusers_config,
     diffusers_parts,
@@ -38,9 +41,10 @@ from opensora_fast.diffusers_layout import (
 )
 from opensora_fast.errors import UserError
 from opensora_fast.native import native
-from opensora_fast.parameter_source import ParameterSource, read_parameters
+from opensora_fast.parameter_source import ParameterSource, StoredTensors, read_parameters
 from opensora_fast.released import StateDict, to_released
 from opensora_fast.safetensors_file import TensorSpec, write_file, write_json, write_shards
+from opensora_fast.weight_files import BIASES_FILE
 
 Layout = Literal["released", "diffusers"]
 Part = tuple[str, ...]  # our parameters that are translated together
@@ -53,7 +57,7 @@ RELEASED_LAYOUT = {"fused_qkv": False, "use_liger_rope": True}  # of the release
 class Translation(NamedTuple):
     """From our parameters to the tensors of a layout."""
 
-    config: dict[str, Any]  # the architecture, and how this layout holds it: each file's metadata has it
+    config: dict[str, Any] | None  # the architecture, and how this layout holds it: each file's metadata has it
     class_config: dict[str, Any] | None  # diffusers' config.json
     parts: list[Part]
     translate: Callable[[Mapping[str, Tensor]], StateDict]  # of one part
@@ -93,6 +97,8 @@ class Export:
                 if self.translation.class_config is not None:
                     write_json(temporary / "config.json", self.translation.class_config)
                     self._write_biases(temporary / BIASES_FILE)
+                for path in self._beside():
+                    shutil.copyfile(path, temporary / path.name)
                 files.sync_folder(str(temporary))
             files.rename(str(temporary), str(out))
             files.sync_folder(str(out.parent))
@@ -109,23 +115,31 @@ class Export:
         config = self.source.config
         if not isinstance(config, MMDiTConfig) or not config.cond_embed:
             return
-        tensors = biases_file(read_parameters(self.source, BIASES), config)
-        tensors = {name: tensor.to(self.dtype or tensor.dtype) for name, tensor in tensors.items()}
+        biases = read_parameters(self.source, BIASES)
+        tensors = biases_file({name: self._converted(tensor) for name, tensor in biases.items()}, config)
         specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         write_file(path, specs, iter(tensors.items()), {"format": "pt"})
 
+    def _beside(self) -> tuple[Path, ...]:
+        return self.source.beside if isinstance(self.source, StoredTensors) else ()
+
     def _metadata(self) -> dict[str, str]:
         """What each file says of itself; "format" is what other readers ask for."""
-        return {"format": "pt"} | self.source.origin | {"config": json.dumps(self.translation.config)}
+        config = self.translation.config
+        return {"format": "pt"} | self.source.origin | ({} if config is None else {"config": json.dumps(config)})
 
     def _tensors(self, on_bytes: Callable[[int], None]) -> Iterator[tuple[str, Tensor]]:
         for group in _groups(self.translation.parts, self.source.specs):
             ours = read_parameters(self.source, [name for part in group for name in part])
             for part in group:
-                theirs = self.translation.translate({name: ours.pop(name) for name in part})
+                theirs = self.translation.translate({name: self._converted(ours.pop(name)) for name in part})
                 for key in list(theirs):
-                    yield key, theirs.pop(key).to(self.specs[key].dtype)  # held by whoever asked, and by nobody else
+                    yield key, theirs.pop(key)  # held by whoever asked, and by nobody else
                     on_bytes(self.specs[key].bytes)
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        """In the dtype of the result: before it is translated, so that both biases add up to their sum there, too."""
+        return tensor.to(_dtype(tensor, self.dtype))
 
 
 def plan_export(
@@ -149,7 +163,7 @@ def plan_export(
             name: torch.empty(source.specs[name].shape, dtype=source.specs[name].dtype, device="meta") for name in part
         }
         for key, tensor in translation.translate(ours).items():
-            specs[key] = TensorSpec(dtype or tensor.dtype, tuple(tensor.shape))
+            specs[key] = TensorSpec(_dtype(tensor, dtype), tuple(tensor.shape))
     return Export(source, layout, translation, specs, dtype)
 
 
@@ -161,9 +175,16 @@ def check_out(out: Path, layout: Layout) -> None:
         raise UserError(f"--out {out}: diffusers reads a folder with a config.json; name a folder")
 
 
+def _dtype(tensor: Tensor, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor is written in: whole numbers (positions) as they are."""
+    return wanted if wanted is not None and tensor.is_floating_point() else tensor.dtype
+
+
 def _to_released(source: ParameterSource, form: dict[str, bool]) -> Translation:
     parts: list[Part] = [(name,) for name in source.specs]
     config = source.config
+    if config is None:
+        return Translation(None, None, parts, dict)
     if not isinstance(config, MMDiTConfig):  # autoencoders, whose names are the released ones
         return Translation(asdict(config), None, parts, dict)
 
@@ -176,6 +197,8 @@ def _to_released(source: ParameterSource, form: dict[str, bool]) -> Translation:
 
 def _to_diffusers(source: ParameterSource) -> Translation:
     config = source.config
+    if config is None:
+        raise UserError(f"--to diffusers: {source.title} has one layout: use --to released")
     if isinstance(config, VideoDCAEConfig):
         raise UserError(
             "--to diffusers: the checkpoint holds a Video DC-AE, and diffusers' AutoencoderDC is of images alone: use "

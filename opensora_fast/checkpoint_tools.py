@@ -22,10 +22,10 @@ from opensora_fast.arguments import Parser
 from opensora_fast.checkpoint_export import RELEASED_LAYOUT, check_out, plan_export
 from opensora_fast.checkpoint_folder import step_folders, step_of
 from opensora_fast.checkpoint_reader import CheckpointReader
-from opensora_fast.diffusers_layout import BIASES_FILE
 from opensora_fast.errors import UserError
 from opensora_fast.manifest import FORMAT, MANIFEST, DamagedError, Manifest, ManifestError, read_manifest
-from opensora_fast.parameter_source import open_parameters
+from opensora_fast.parameter_source import assumptions, open_parameters
+from opensora_fast.weight_files import BIASES_FILE, listed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHARD_GIB = 5.0
@@ -55,7 +55,9 @@ def _parser() -> Parser:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="a run, one step-N of it, or weights in either layout: a file, a folder of shards, diffusers' folder",
+        help="a run, one step-N of it, or weights in either layout: a file, a folder of shards, diffusers' folder; "
+        "or a text encoder's folder or FLUX's autoencoder, which are written as they are. What no tensor says can be "
+        'said in NAME.json beside NAME.safetensors: {"use_liger_rope": true}',
     )
     export.add_argument(
         "--out", required=True, type=Path, help="a file NAME.safetensors, or a folder for shards and their index"
@@ -170,7 +172,7 @@ def _export(options: argparse.Namespace) -> int:
         dtype=DTYPES[options.dtype] if options.dtype else None,
         **{name: value == "true" for name, value in form.items()},
     )
-    for name in form.keys() - export.translation.config.keys():
+    for name in form.keys() - (export.translation.config or {}).keys():
         raise UserError(f"--{name}: {LAYOUTS[export.layout]} of {options.source} knows no such choice; leave it out")
     with _progress(options.out.name, export.bytes) as advance:
         shard_gib = options.shard_gib or SHARD_GIB
@@ -179,6 +181,10 @@ def _export(options: argparse.Namespace) -> int:
     config = export.translation.class_config
     class_name = f" ({config['_class_name']})" if config else ""
     print(f"{options.out}: {what} in {LAYOUTS[options.to]}{class_name}")
+    if assumed := assumptions(source):
+        print(assumed)
+    if source.promoted and options.dtype is None:
+        print(f"of tensors of several dtypes, and now all of the widest: {listed(source.promoted)}")
     if config and config.get("in_channels") != config.get("out_channels"):
         own = config["out_channels"]
         print(

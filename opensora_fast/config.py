@@ -4,6 +4,7 @@ A configuration says what a model computes and nothing about how it is run. List
 so that every instance can be hashed and compared.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,7 +47,7 @@ class MMDiTConfig:
             _require(self, name, getattr(self, name) > 0, "must be positive")
         for name in ("depth", "depth_single_blocks"):
             _require(self, name, getattr(self, name) >= 0, "must not be negative")
-        _require(self, "mlp_ratio", self.mlp_ratio > 0, "must be positive")
+        _require(self, "mlp_ratio", 0 < self.mlp_ratio < math.inf, "must be positive and finite")
         _require(
             self,
             "hidden_size",
@@ -133,7 +134,8 @@ class VideoDCAEConfig:
         _require(self, "temporal_downsample", not self.temporal_downsample[-1], "must end in False: no stage follows")
         for side in ("encoder", "decoder"):
             self._check_stages(f"{side}_widths", f"{side}_block_types")
-        _require(self, "scaling_factor", self.scaling_factor is None or self.scaling_factor > 0, "must be positive")
+        scale = self.scaling_factor
+        _require(self, "scaling_factor", scale is None or 0 < scale < math.inf, "must be positive and finite")
         _require(self, "tile_overlap_factor", 0 <= self.tile_overlap_factor < 1, "must be in [0, 1)")
         self._check_tile("spatial")
         self._check_tile("temporal")
@@ -205,7 +207,8 @@ class HunyuanVAEConfig:
             all(width > 0 and width % self.norm_num_groups == 0 for width in self.block_out_channels),
             f"must be positive multiples of norm_num_groups={self.norm_num_groups}",
         )
-        _require(self, "scaling_factor", self.scaling_factor > 0, "must be positive")
+        _require(self, "scaling_factor", 0 < self.scaling_factor < math.inf, "must be positive and finite")
+        _require(self, "shift_factor", -math.inf < self.shift_factor < math.inf, "must be finite")
         _require(self, "tile_overlap_factor", 0 <= self.tile_overlap_factor < 1, "must be in [0, 1)")
         for name, compression in (
             ("sample_size", self.spatial_compression),

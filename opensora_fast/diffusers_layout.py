@@ -32,13 +32,12 @@ from opensora_fast.attention_rows import StateDict, reorder_heads, rotary_rows, 
 from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.released_form import VAE_CLASS
 from opensora_fast.safetensors_file import TensorSpec
 from opensora_fast.streamed_loading import Segment
-from opensora_fast.weight_files import WeightFiles
+from opensora_fast.told_config import MMDIT_CLASS
+from opensora_fast.weight_files import BIASES_FILE, WeightFiles
 
-CLASS = "FluxTransformer2DModel"
-VAE_CLASS = "AutoencoderKLHunyuanVideo"
-BIASES_FILE = "opensora_fast_biases.safetensors"
 BIASES = ("img_in.bias", "cond_in.bias")
 WRITTEN_SUM = "written_x_embedder.bias"
 
@@ -72,11 +71,11 @@ def diffusers_config(config: MMDiTConfig) -> dict[str, Any]:
     for field, value in FIXED.items():
         if getattr(config, field) != value:
             raise UserError(
-                f"--to diffusers: {field}={getattr(config, field)!r}, but {CLASS} has {value!r} built in: use --to "
-                "released"
+                f"--to diffusers: {field}={getattr(config, field)!r}, but {MMDIT_CLASS} has {value!r} built in: use "
+                "--to released"
             )
     return {
-        "_class_name": CLASS,
+        "_class_name": MMDIT_CLASS,
         "patch_size": 1,  # of tokens, which are patches already
         "in_channels": config.in_channels + (config.cond_channels if config.cond_embed else 0),
         "out_channels": config.in_channels,
@@ -136,20 +135,26 @@ def to_diffusers(part: Mapping[str, Tensor], config: MMDiTConfig) -> StateDict:
 
 
 def biases_file(part: Mapping[str, Tensor], config: MMDiTConfig) -> StateDict:
-    """The tensors of BIASES_FILE, from our two biases as they are stored: what `to_diffusers` adds up."""
+    """The tensors of BIASES_FILE, from our two biases as they are written: what `to_diffusers` adds up."""
     (written,) = to_diffusers(part, config).values()
     return {**part, WRITTEN_SUM: written}
 
 
 def check_biases(files: WeightFiles) -> None:
-    """Raises UserError when the two biases beside the weights belong to others: those were changed since."""
-    if WRITTEN_SUM not in files.specs:
-        return
-    if not torch.equal(files.read(WRITTEN_SUM), files.read("x_embedder.bias")):
+    """Raises UserError when the two biases beside the weights belong to others: the ones or the others were changed.
+
+    The tensors are there, and have the shapes that they should.
+    """
+    image, condition, written, summed = (files.read(name) for name in (*BIASES, WRITTEN_SUM, "x_embedder.bias"))
+    if not (_same(image + condition, written) and _same(written, summed)):
         raise UserError(
-            f"{files.path}/{BIASES_FILE}: its biases are not those in x_embedder.bias, which was changed since: remove "
-            "this file, and img_in has the whole bias"
+            f"{files.path}/{BIASES_FILE}: its biases are not those in x_embedder.bias, one or the other was changed "
+            "since: remove this file, and img_in has the whole bias"
         )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def diffusers_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
-from opensora_fast.flux_autoencoder import FluxAutoencoder
+from opensora_fast.flux_autoencoder import FluxAutoencoder, compression_of, diffusers_config, released_config
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.parameter_source import open_parameters
 from opensora_fast.released import load_mmdit_from
 from opensora_fast.resolutions import video_size
 from opensora_fast.sampling import denoise, initial_noise
@@ -67,8 +68,7 @@ class FluxImages:
         Raises UserError naming what is missing, and as `load_mmdit_from` and `FluxAutoencoder` do.
         """
         transformer, autoencoder = flux_files(Path(path))
-        load = FluxAutoencoder.from_diffusers if autoencoder.is_dir() else _released_autoencoder
-        small = load(autoencoder, device=device, dtype=dtype)  # first: what is wrong with it is told soon
+        small = read_autoencoder(autoencoder, device=device, dtype=dtype)  # first: what is wrong with it is told soon
         return cls(
             load_mmdit_from(WeightFiles.open(transformer), device=torch.device(device), dtype=dtype), small, text
         )
@@ -144,5 +144,17 @@ def flux_files(folder: Path) -> tuple[Path, Path]:
     return transformer, found[0]
 
 
-def _released_autoencoder(path: Path, *, device: torch.device | str, dtype: torch.dtype) -> FluxAutoencoder:
+def image_multiple(folder: Path) -> int:
+    """The pixels that the sides of this FLUX's images are multiples of; of its weights the headers are read."""
+    transformer, autoencoder = flux_files(folder)
+    is_folder = autoencoder.is_dir()
+    config = diffusers_config(autoencoder) if is_folder else released_config(WeightFiles.open(autoencoder))
+    form: Any = open_parameters(transformer).config
+    return compression_of(config) * form.patch_size
+
+
+def read_autoencoder(path: Path, *, device: torch.device | str, dtype: torch.dtype) -> FluxAutoencoder:
+    """Of diffusers' folder or the released file. Raises UserError as `FluxAutoencoder` does."""
+    if path.is_dir():
+        return FluxAutoencoder.from_diffusers(path, device=device, dtype=dtype)
     return FluxAutoencoder.from_released(WeightFiles.open(path), device=device, dtype=dtype)

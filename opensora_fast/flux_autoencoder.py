@@ -26,12 +26,29 @@ from torch import Tensor, nn
 
 from opensora_fast.attention_rows import StateDict
 from opensora_fast.errors import UserError
-from opensora_fast.released import check_tensors
+from opensora_fast.released import check_tensors, naming
+from opensora_fast.told_config import told_config
 from opensora_fast.weight_files import WeightFiles
 
 SCALE, SHIFT = 0.3611, 0.1159
 NORM_GROUPS = 32
 LAYERS = {"conv_shortcut": "nin_shortcut"}  # of a residual block, where the names differ
+CLASS = "AutoencoderKL"  # of diffusers
+# The fields of its configuration that are checked, with values like those that they may have.
+FIELDS: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 16,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",),
+    "up_block_types": ("UpDecoderBlock2D",),
+    "norm_num_groups": NORM_GROUPS,
+    "scaling_factor": SCALE,
+    "shift_factor": SHIFT,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
 ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
 
 
@@ -45,10 +62,16 @@ class FluxAutoencoder(nn.Module):
         super().__init__()
         try:
             self.network: Any = _diffusers().AutoencoderKL.from_config(dict(config))
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
             raise UserError(
                 f"no AutoencoderKL has this configuration ({error}): take config.json as released"
             ) from error
+        for field in ("norm_num_groups", "scaling_factor"):
+            if self.network.config[field] <= 0:
+                raise UserError(
+                    f"FLUX's autoencoder: {field}={self.network.config[field]} must be above 0: take config.json as "
+                    "released"
+                )
 
     @classmethod
     def from_released(
@@ -59,7 +82,9 @@ class FluxAutoencoder(nn.Module):
         What they do not tell is as released, unless the file's metadata has a "config" (JSON, fields of AutoencoderKL).
         Raises UserError naming the file and every tensor that is missing, unexpected or of another shape.
         """
-        model = cls._empty(released_config(files))
+        config = released_config(files)
+        with naming(files):
+            model = cls._empty(config)
         return model._filled(files, model._released_names(), device, dtype)
 
     @classmethod
@@ -67,17 +92,11 @@ class FluxAutoencoder(nn.Module):
         cls, folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> FluxAutoencoder:
         """The autoencoder of a folder that diffusers wrote (config.json and weights); errors as of `from_released`."""
-        path = Path(folder) / "config.json"
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read as JSON ({error}): download the folder again") from error
-        if not isinstance(config, dict) or config.get("_class_name") != "AutoencoderKL":
-            raise UserError(f"{path} is of no AutoencoderKL: name the folder vae/ of a FLUX model")
-        if config.get("shift_factor") is None:
-            raise UserError(f"{path} has no shift_factor, so it is not FLUX's: name the folder vae/ of a FLUX model")
-        model = cls._empty(config)
-        return model._filled(WeightFiles.open(Path(folder)), {name: name for name in model._names()}, device, dtype)
+        config = diffusers_config(Path(folder))
+        files = WeightFiles.open(Path(folder))
+        with naming(files):
+            model = cls._empty(config)
+        return model._filled(files, {name: name for name in model._names()}, device, dtype)
 
     def released_state_dict(self) -> StateDict:
         """The weights under their released names and shapes, sharing memory: the exact inverse of loading them."""
@@ -91,7 +110,7 @@ class FluxAutoencoder(nn.Module):
     @property
     def compression(self) -> int:
         """Pixels to one latent on either side."""
-        return 2 ** (len(self.network.config.block_out_channels) - 1)
+        return compression_of(self.network.config)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
@@ -137,9 +156,35 @@ class FluxAutoencoder(nn.Module):
         return self.eval().requires_grad_(False)
 
 
+def compression_of(config: Mapping[str, Any]) -> int:
+    """Pixels to one latent on either side, of an AutoencoderKL with these fields."""
+    return 2 ** (len(config.get("block_out_channels", (64,))) - 1)
+
+
+def diffusers_config(folder: Path) -> dict[str, Any]:
+    """The fields of the AutoencoderKL that diffusers wrote here. Raises UserError where they are of no FLUX."""
+    path = folder / "config.json"
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download the folder again") from error
+    try:
+        told = told_config({"config": text}, FIELDS, CLASS)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    config = json.loads(text)
+    if "_class_name" not in config:
+        raise UserError(f"{path} is of no {CLASS}: name the folder vae/ of a FLUX model")
+    if "shift_factor" not in told:
+        raise UserError(f"{path} has no shift_factor, so it is not FLUX's: name the folder vae/ of a FLUX model")
+    return config
+
+
 def released_config(files: WeightFiles) -> dict[str, Any]:
     """The fields of AutoencoderKL that the released tensors stand for. Raises UserError where they are of no FLUX."""
     specs = files.specs
+    with naming(files):
+        told = told_config(files.metadata, FIELDS, CLASS)
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in specs or len(specs[name].shape) != 4:
@@ -162,7 +207,7 @@ def released_config(files: WeightFiles) -> dict[str, Any]:
         "shift_factor": SHIFT,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
-    } | _told_config(files)
+    } | told
 
 
 def released_name(name: str, levels: int) -> str:
@@ -190,16 +235,6 @@ def released_name(name: str, levels: int) -> str:
 def _as_convolution(name: str, tensor: Tensor) -> Tensor:
     """Of attention's projections the 1 x 1 convolution; other tensors as they are."""
     return tensor[..., None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
-
-
-def _told_config(files: WeightFiles) -> dict[str, Any]:
-    try:
-        told = json.loads(files.metadata.get("config", "{}"))
-    except ValueError as error:
-        raise UserError(
-            f"weights {files.path}: the metadata's config is no JSON ({error}): export them again"
-        ) from error
-    return told if isinstance(told, dict) else {}
 
 
 def _diffusers() -> ModuleType:

@@ -7,7 +7,7 @@
                         layers (img_in, cond_in, final_layer.linear) start anew, and the rest is kept
     a run, or Open-Sora's weights: everything fits
 
-New layers are drawn as for training from nothing (`MMDiT.initialize_weights`): img_in by Xavier; cond_in and
+New layers are drawn as for training from nothing (`mmdit.initialize_parameter`): img_in by Xavier; cond_in and
 final_layer.linear zero. Whatever else differs is an error: a model that lacks half of its weights is none.
 """
 
@@ -21,14 +21,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.mmdit import MMDiT
-from opensora_fast.parameter_source import ParameterSource, open_parameters, parameters_of
+from opensora_fast.mmdit import MMDiT, initialize_parameter
+from opensora_fast.parameter_source import ParameterSource, assumptions, open_parameters, parameters_of
 from opensora_fast.weight_files import WeightFiles
 
 NewLayers = Literal["none", "auto", "always"]
@@ -53,13 +55,14 @@ class InitialisationReport:
     """Every parameter of the model and every one of the source, by our name, and what became of it.
 
     loaded: taken over, under another name at most.  converted: rows stacked, reordered or cut out.  new: drawn anew.
-    ignored: the source's, unused.  `dtypes` names the stored and the model's.
+    ignored: the source's, unused.  `dtypes` names the stored and the model's.  `assumed` says what nothing told.
     """
 
     source: str
     dtypes: str
     origins: dict[str, Origin]
     unused: dict[str, Origin]
+    assumed: str = ""
 
     def names(self, outcome: Outcome) -> list[str]:
         """The parameters with this outcome: of the model, or of the source where they were ignored."""
@@ -92,10 +95,12 @@ class InitialisationReport:
         """The table and the summary, on standard output."""
         Console().print(self.table())
         print(self.summary())
+        if self.assumed:
+            print(self.assumed)
 
     def save(self, run: Path) -> None:
         """Write it to RUN/initialisation.json, name by name. Raises UserError with the system's reason."""
-        content = {"source": self.source, "dtypes": self.dtypes}
+        content = {"source": self.source, "dtypes": self.dtypes, "assumed": self.assumed}
         lists = {
             outcome: {name: origin._asdict() for name, origin in self._all() if origin.outcome == outcome}
             for outcome in ("loaded", "converted", "new", "ignored")
@@ -125,8 +130,8 @@ def initialise_mmdit(
                 (cond_in, guidance_in), and so do input and output layers where it has other channels or patches;
                 what the model has no place for is left out.  "always": input and output layers start anew in any case
 
-    New layers are drawn from PyTorch's default generator. Raises UserError naming what differs, before anything is
-    read; or a tensor of the source that is missing, unexpected or misshapen.
+    New layers are drawn from PyTorch's default CPU generator, whatever the model is on. Raises UserError naming what
+    differs, before anything is read; or a tensor of the source that is missing, unexpected or misshapen.
     """
     if isinstance(source, Path):
         return _initialise(model, open_parameters(source), new_layers)
@@ -153,7 +158,8 @@ def _initialise(model: MMDiT, source: ParameterSource, new_layers: NewLayers) ->
             origins[name] = Origin(outcome, tuple(source.stored(name)), note, parameter.numel())
     source.fill({name: parameters[name].detach() for name, origin in origins.items() if origin.outcome != "new"})
     new = {name: _start_of(name) for name, origin in origins.items() if origin.outcome == "new"}
-    model.initialize_weights(new.keys())
+    for name in new:
+        _draw(name, parameters[name])
     for name, start in new.items():
         origins[name] = origins[name]._replace(note=f"{start}: {origins[name].note}")
     unused = {}
@@ -161,7 +167,14 @@ def _initialise(model: MMDiT, source: ParameterSource, new_layers: NewLayers) ->
         if name not in parameters or name in new:
             note = why_new if name in parameters else "the model has no such layer"
             unused[name] = Origin("ignored", tuple(source.stored(name)), note, math.prod(spec.shape))
-    return InitialisationReport(source.title, _dtypes(source, model), origins, unused)
+    return InitialisationReport(source.title, _dtypes(source, model), origins, unused, assumptions(source))
+
+
+def _draw(name: str, parameter: Tensor) -> None:
+    """On the CPU, whatever the parameter is on: a seed gives the same start everywhere."""
+    drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    initialize_parameter(name, drawn)
+    parameter.detach().copy_(drawn)
 
 
 def _why_new(source: ParameterSource, ours: MMDiTConfig, new_layers: NewLayers) -> str:
@@ -171,11 +184,13 @@ def _why_new(source: ParameterSource, ours: MMDiTConfig, new_layers: NewLayers) 
         raise UserError(f"weights of {source.title} are no transformer's: name those of one")
     values = {field.name: (getattr(theirs, field.name), getattr(ours, field.name)) for field in fields(MMDiTConfig)}
     values["mlp_ratio"] = theirs.mlp_size / theirs.hidden_size, ours.mlp_size / ours.hidden_size
-    differing = [name for name, (has, wants) in values.items() if has != wants and name not in source.assumed]
+    differing = [name for name, (has, wants) in values.items() if has != wants]
     fatal = [name for name in differing if new_layers == "none" or name not in MAY_DIFFER]
     if fatal:
         what = ", ".join(f"{name} is {values[name][0]} there and {values[name][1]} in the model" for name in fatal)
         remedy = "name other weights"
+        if set(fatal) & source.assumed.keys():
+            remedy += f" ({assumptions(source)})"
         if set(fatal) <= set(MAY_DIFFER):
             remedy += ", or let the layers that differ start anew (new_layers=auto)"
         raise UserError(f"weights of {source.title} are of another architecture: {what}; {remedy}")
@@ -186,7 +201,7 @@ def _why_new(source: ParameterSource, ours: MMDiTConfig, new_layers: NewLayers) 
 
 
 def _start_of(name: str) -> str:
-    """How `MMDiT.initialize_weights` begins an input or output layer."""
+    """How `initialize_parameter` begins an input or output layer."""
     return "zero" if name.endswith("bias") or name.startswith(("cond_in", "final_layer")) else "drawn"
 
 

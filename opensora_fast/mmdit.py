@@ -16,7 +16,7 @@ Numerics  Weights, activations and the residual stream have one dtype; inputs ar
 Source    Open-Sora 2.0 (arXiv 2503.09642, section 3.2), Stable Diffusion 3 (arXiv 2403.03206) and FLUX.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -106,21 +106,10 @@ class MMDiT(nn.Module):
         """What it computes in."""
         return self.img_in.weight.dtype
 
-    @torch.no_grad()
-    def initialize_weights(self, names: Collection[str] | None = None) -> None:
-        """Xavier matrices, zero biases; every block starts as the identity and the model predicts zero velocity.
-
-        names: the parameters to draw; None is all of them.
-        """
+    def initialize_weights(self) -> None:
+        """Xavier matrices, zero biases; every block starts as the identity and the model predicts zero velocity."""
         for name, parameter in self.named_parameters():
-            if names is not None and name not in names:
-                continue
-            if name.endswith("qk_scale"):
-                parameter.fill_(1)
-            elif name.endswith("bias") or "modulation" in name or name.startswith(("cond_in", "final_layer")):
-                parameter.zero_()
-            else:
-                nn.init.xavier_uniform_(parameter)
+            initialize_parameter(name, parameter)
 
     def forward(
         self,
@@ -185,8 +174,8 @@ class MMDiT(nn.Module):
     def modulation(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None = None) -> Modulation:
         """Every block's modulation for R pairs: timesteps [R], y_vec [R, vec_in_dim], guidance [R] or None.
 
-        Sampling calls it once per step with the distinct pairs of the step's guidance passes, and gives each item of
-        the batch its row with `Modulation.rows`.
+        Sampling calls it once per video with the distinct pairs of all steps, and gives each item of a step's batch
+        its row with `Modulation.rows`.
         """
         vec_RD = self._condition(timesteps, y_vec, guidance)
         return Modulation(
@@ -421,6 +410,17 @@ class FinalLayer(nn.Module):
             modulation = self.modulate(modulation)
         shift_BD, scale_BD = modulation
         return modulated_norm_linear(x_BND, shift_BD, scale_BD, self.linear.weight, self.linear.bias, eps=EPS)
+
+
+@torch.no_grad()
+def initialize_parameter(name: str, parameter: Tensor) -> None:
+    """Give a parameter of an MMDiT, by its name in the model, the value that training from scratch begins with."""
+    if name.endswith("qk_scale"):
+        parameter.fill_(1)
+    elif name.endswith("bias") or "modulation" in name or name.startswith(("cond_in", "final_layer")):
+        parameter.zero_()
+    else:
+        nn.init.xavier_uniform_(parameter)
 
 
 def sinusoids(time_B: Tensor) -> Tensor:

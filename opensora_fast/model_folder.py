@@ -9,39 +9,36 @@
     a weights file, or a folder of shards    a transformer in the released layout or in diffusers'; its other parts lie
                                              beside the file, or in the folder that holds the shards' folder
 
-Weights are known by their tensors, not by their names, so renamed and exported files serve as well.  Of the files only
-the headers are read here, and each part that is not found is named with the option that gives it.
+Weights are known by their tensors, not by their names, so renamed and exported files serve as well.  Others that lie
+there, a LoRA or a damaged file, do no harm, and are named where a part is not found.  Of the files only the headers are
+read here, and each part that is not found is named with the option that gives it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opensora_fast.checkpoint_folder import Weights, find_checkpoint, read_recipe, step_folders
+from opensora_fast.checkpoint_folder import Weights, find_checkpoint, is_run, read_recipe
 from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
 from opensora_fast.flux import flux_files
 from opensora_fast.hunyuan_vae import HunyuanVAE
-from opensora_fast.manifest import MANIFEST
-from opensora_fast.parameter_source import open_parameters
-from opensora_fast.released_form import Kind, kind_of, vae_form
-from opensora_fast.weight_files import WeightFiles
+from opensora_fast.parameter_source import parameters_of
+from opensora_fast.released import naming
+from opensora_fast.released_form import RELEASED_DC_AE, TITLES, VAE_KINDS, Kind, kind_of, vae_form
+from opensora_fast.told_config import told_config
+from opensora_fast.weight_files import BIASES_FILE, WeightFiles
 
 T5_FOLDER, CLIP_FOLDER = Path("google/t5-v1_1-xxl"), Path("openai/clip-vit-large-patch14")
 _MMDIT_KINDS: tuple[Kind, ...] = ("mmdit", "mmdit_diffusers")
-_AUTOENCODER_KINDS: tuple[Kind, ...] = ("hunyuan_vae", "video_dc_ae")
 _T5_TOKENS, _CLIP_TOKENS = 512, 77  # what the released models were trained with
-
-# How the released Video DC-AE is used: no tensor says it. The scale is that of its training; the released sampling
-# leaves it out, which cannot match what the transformer was trained on.
-_RELEASED_DC_AE = {"scaling_factor": 0.493, "use_spatial_tiling": True, "use_temporal_tiling": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,7 @@ def find_model(
         raise UserError(
             f"checkpoint {path}: does not exist; name a run, one of its step-N folders, or released weights"
         )
-    if _is_run(path):
+    if is_run(path):
         model = _run(find_checkpoint(path), t5, clip, autoencoder)
     else:
         model = _released(path, t5, clip, autoencoder)
@@ -106,16 +103,12 @@ def autoencoder_layout(section: dict[str, Any]) -> VideoDCAE | HunyuanVAE:
     Raises UserError for a run that holds none, and for a Hunyuan autoencoder without diffusers.
     """
     path = Path(section["weights"])
-    if _is_run(path):
+    if is_run(path):
         section = _autoencoder_section(path)
     with torch.device("meta"):
         if section["kind"] == "hunyuan":
             return HunyuanVAE(config_from_dict(HunyuanVAEConfig, section["config"]))
         return VideoDCAE(config_from_dict(VideoDCAEConfig, section["config"]))
-
-
-def _is_run(path: Path) -> bool:
-    return path.is_dir() and ((path / MANIFEST).is_file() or bool(step_folders(path)))
 
 
 def _run(step_folder: Path, t5: Path | None, clip: Path | None, autoencoder: Path | None) -> ModelFolder:
@@ -174,18 +167,26 @@ def _transformer_weights(path: Path) -> Path:
     if path.is_file():
         kind = kind_of(WeightFiles.open(path).specs)
         if kind not in _MMDIT_KINDS:
-            raise UserError(f"checkpoint {path}: holds {_named(kind)}; name the file or folder of a video transformer")
+            raise UserError(f"checkpoint {path}: holds {TITLES[kind]}; name the file or folder of a video transformer")
         _refuse_flux(path, path)
         return path
-    found = _weights_in(path, _MMDIT_KINDS)
-    videos = [weights for weights in found if not _transformer_config(weights).guidance_embed]
+    found, problems = _weights_in(path, _MMDIT_KINDS)
+    videos: list[Path] = []
+    pictures: list[Path] = []
+    for weights in found:
+        try:
+            (pictures if _makes_pictures(weights) else videos).append(weights)
+        except UserError as error:
+            problems.insert(0, str(error))
     if len(videos) > 1:
         raise UserError(
             f"checkpoint {path}: holds {' and '.join(each.name for each in videos)}; name the one to use: {videos[0]}"
         )
-    if found and not videos:
-        _refuse_flux(path, found[0])
     if not videos:
+        if problems:
+            raise UserError(f"checkpoint {path}: holds no whole video transformer: {_listed(problems)}")
+        if pictures:
+            _refuse_flux(path, pictures[0])
         raise UserError(
             f"checkpoint {path}: holds no video transformer; name a run with a finished checkpoint, or a folder with "
             "Open_Sora_v2.safetensors"
@@ -194,62 +195,97 @@ def _transformer_weights(path: Path) -> Path:
 
 
 def _refuse_flux(path: Path, weights: Path) -> None:
-    if _transformer_config(weights).guidance_embed:
+    if _makes_pictures(weights):
         raise UserError(
             f"checkpoint {path}: {weights.name} makes pictures (FLUX); pass its folder as --flux, with a video model "
             "such as Open_Sora_v2.safetensors"
         )
 
 
+def _makes_pictures(weights: Path) -> bool:
+    """FLUX takes no condition. A video model that takes none says so itself, as `checkpoint export` has it."""
+    config = _transformer_config(weights)
+    says = told_config(WeightFiles.open(weights).metadata, {"cond_embed": True})
+    return config.guidance_embed or not (config.cond_embed or "cond_embed" in says)
+
+
 def _transformer_config(weights: Path) -> MMDiTConfig:
-    config = open_parameters(weights).config
+    config = parameters_of(WeightFiles.open(weights)).config
     assert isinstance(config, MMDiTConfig)  # weights of another kind are not asked
     return config
 
 
-def _weights_in(folder: Path, kinds: Sequence[Kind]) -> list[Path]:
-    """The weights of these kinds in a folder: the folder itself where it holds shards, else files of it, by name."""
-    if any(folder.glob("*.safetensors.index.json")):
-        return [folder] if kind_of(WeightFiles.open(folder).specs) in kinds else []
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("opensora_fast_"))
-    found = [path for path in files if kind_of(WeightFiles.open(path).specs) in kinds]
-    return [folder] if len(files) == 1 and found and (folder / "config.json").is_file() else found
+def _weights_in(folder: Path, kinds: Collection[Kind]) -> tuple[list[Path], list[str]]:
+    """The weights of these kinds in a folder: the folder itself where it holds shards, else files of it, by name.
+
+    Also what is wrong with files that cannot be read.
+    """
+    sharded = any(folder.glob("*.safetensors.index.json"))
+    files = [path for path in sorted(folder.glob("*.safetensors")) if path.is_file() and _is_visible(path)]
+    found, problems = [], []
+    for path in [folder] if sharded else files:
+        try:
+            if kind_of(WeightFiles.open(path).specs) in kinds:
+                found.append(path)
+        except UserError as error:
+            problems.append(str(error))
+    return [folder] if len(files) == 1 and found and (folder / "config.json").is_file() else found, problems
+
+
+def _is_visible(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name != BIASES_FILE
+
+
+def _listed(problems: list[str]) -> str:
+    return "; ".join(problems[:3])
 
 
 def _autoencoder_section(path: Path) -> dict[str, Any]:
     """A recipe's section for an autoencoder run, a weights file or a folder of them."""
     if not path.exists():
         raise UserError(f"--autoencoder {path}: does not exist; name an autoencoder's weights or run")
-    if _is_run(path):
+    if is_run(path):
         recipe = read_recipe(find_checkpoint(path))
         if "model" in recipe or "autoencoder" not in recipe:
             raise UserError(f"--autoencoder {path}: holds no autoencoder; name an autoencoder run")
-        return recipe["autoencoder"] | {"weights": str(path)}
+        return recipe["autoencoder"] | {"kind": "video_dc_ae", "weights": str(path)}  # no other is trained here
     files = WeightFiles.open(path)
     kind = kind_of(files.specs)
-    if kind not in _AUTOENCODER_KINDS:
+    if kind not in VAE_KINDS:
         raise UserError(
-            f"--autoencoder {path}: holds {_named(kind)}; name hunyuan_vae.safetensors or F32T4C128_AE.safetensors"
+            f"--autoencoder {path}: holds {TITLES[kind]}; name hunyuan_vae.safetensors or F32T4C128_AE.safetensors"
         )
-    form, config = vae_form(files.specs, files.metadata)
-    if form == "video_dc_ae" and config.get("scaling_factor") is None:
-        config |= _RELEASED_DC_AE
+    with naming(files):
+        form, config = vae_form(files.specs, files.metadata)
+        if form == "video_dc_ae":
+            told = told_config(files.metadata, RELEASED_DC_AE | {"scaling_factor": None})
+            config |= {name: value for name, value in RELEASED_DC_AE.items() if told.get(name) is None}
     return {"kind": form, "weights": str(path), "config": config}
 
 
 def _autoencoder_beside(weights: Path, places: list[Path], channels: int) -> dict[str, Any]:
-    found = [path for place in places for path in _weights_in(place, _AUTOENCODER_KINDS)]
-    sections = [_autoencoder_section(path) for path in found]
-    fitting = [section for section in sections if section["config"]["latent_channels"] == channels]
+    fitting, problems = [], []
+    for place in places:
+        found, unread = _weights_in(place, VAE_KINDS.keys())
+        problems += unread
+        for path in found:
+            try:
+                section = _autoencoder_section(path)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            if section["config"]["latent_channels"] == channels:
+                fitting.append(section)
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         names = " and ".join(section["weights"] for section in fitting)
         raise UserError(f"{weights}: both {names} lie beside it; name the autoencoder with --autoencoder")
     name = "hunyuan_vae.safetensors" if channels == 16 else "F32T4C128_AE.safetensors"
+    why = f" ({_listed(problems)})" if problems else ""
     raise UserError(
-        f"{weights}: no autoencoder of {channels} latent channels lies beside it; put {name} there, or name it with "
-        "--autoencoder"
+        f"{weights}: no autoencoder of {channels} latent channels lies beside it{why}; put {name} there, or name it "
+        "with --autoencoder"
     )
 
 
@@ -274,15 +310,3 @@ def _check_text_width(option: str, folder: str, key: str, width: int) -> None:
         raise UserError(
             f"{path}: {key}={found}, and the transformer takes {width}; name the folder of its encoder with --{option}"
         )
-
-
-def _named(kind: Kind | None) -> str:
-    names: dict[Kind | None, str] = {
-        "mmdit": "a transformer",
-        "mmdit_diffusers": "a transformer",
-        "hunyuan_vae": "the Hunyuan video autoencoder",
-        "video_dc_ae": "a Video DC-AE",
-        "flux_ae": "FLUX's autoencoder",
-        None: "no weights that are known here",
-    }
-    return names[kind]

@@ -7,31 +7,35 @@ then read a few at a time, into memory of the caller: a model that is trained, o
     released layout         fused or split q, k, v; heads that rotate interleaved or half-split pairs
     diffusers' layout       FluxTransformer2DModel, or a pipeline's folder that has it under transformer/
     autoencoders            Video DC-AE and Hunyuan VAE, whose released names are ours and, of the latter, diffusers'
+    as they are             T5, CLIP and FLUX's image autoencoder: tensors that are only copied
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opensora_fast.checkpoint_folder import Weights, best_weights, find_checkpoint, step_folders
+from opensora_fast.checkpoint_folder import Weights, best_weights, find_checkpoint, is_run
 from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig, config_from_dict
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
+from opensora_fast.flux_autoencoder import FluxAutoencoder, released_config
 from opensora_fast.hunyuan_vae import HunyuanVAE
-from opensora_fast.manifest import MANIFEST
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.released import check_tensors, mmdit_segments, naming
-from opensora_fast.released_form import kind_of, mmdit_form, vae_form
+from opensora_fast.released_form import TITLES, assumed_fields, kind_of, mmdit_form, vae_form
 from opensora_fast.safetensors_file import TensorSpec
 from opensora_fast.streamed_loading import Segment, Target, load_segments
+from opensora_fast.text import require_transformers
+from opensora_fast.text_folder import TYPES, open_weights
+from opensora_fast.told_config import told_config
 from opensora_fast.weight_files import WeightFiles
 
 Architecture = MMDiTConfig | VideoDCAEConfig | HunyuanVAEConfig
@@ -43,7 +47,8 @@ class RunParameters:
     The attributes and methods are those of `FileParameters`.
     """
 
-    assumed: frozenset[str] = frozenset()
+    assumed: Mapping[str, Any] = {}
+    promoted: tuple[str, ...] = ()
 
     def __init__(self, step_folder: Path, weights: Weights | None) -> None:
         self.reader = CheckpointReader(step_folder)
@@ -77,16 +82,25 @@ class FileParameters:
 
     title       path and layout, in words
     config      the model's architecture
-    assumed     fields of `config` that the files do not say, and no shape does: they have the released values
-    specs       our parameters, in the model's order; dtypes as stored
+    assumed     fields that neither the files tell nor a shape says, with the released values that they have here
+    specs       our parameters, in the model's order; dtypes as stored, the widest where that differs within one
     """
 
     files: WeightFiles
     title: str
     config: Architecture
-    assumed: frozenset[str]
+    assumed: Mapping[str, Any]
     segments: dict[str, list[Segment]]
     specs: dict[str, TensorSpec]
+
+    @property
+    def promoted(self) -> tuple[str, ...]:
+        """The parameters that are stacks of tensors of several dtypes, which have the widest of them here."""
+        return tuple(
+            name
+            for name, spec in self.specs.items()
+            if any(self.files.specs[key].dtype != spec.dtype for key in self.stored(name))
+        )
 
     @property
     def origin(self) -> dict[str, str]:
@@ -118,7 +132,43 @@ class FileParameters:
         load_segments(self.files, [Target(tensor, self.segments[name]) for name, tensor in tensors.items()])
 
 
-ParameterSource = RunParameters | FileParameters
+@dataclass(frozen=True)
+class StoredTensors:
+    """The tensors of a text encoder or of FLUX's image autoencoder, as they are; attributes as of `FileParameters`.
+
+    beside      the other files of the folder that make the model: its configuration and its vocabulary
+    """
+
+    files: WeightFiles
+    title: str
+    beside: tuple[Path, ...] = ()
+    config: None = None
+    assumed: Mapping[str, Any] = field(default_factory=dict)
+    promoted: tuple[str, ...] = ()
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return self.files.specs
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """What an export says of where its weights come from, and the configuration that they tell."""
+        told = {} if self.files.path.is_dir() else {"config": self.files.metadata.get("config", "")}
+        return {"source": self.files.path.name} | {name: text for name, text in told.items() if text}
+
+    def stored(self, name: str) -> list[str]:
+        return [name]
+
+    def change(self, name: str) -> str:
+        return ""
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        self.files.fill(tensors)
+
+
+ParameterSource = RunParameters | FileParameters | StoredTensors
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx")
 
 
 def open_parameters(path: Path, weights: Weights | None = None) -> ParameterSource:
@@ -128,17 +178,27 @@ def open_parameters(path: Path, weights: Weights | None = None) -> ParameterSour
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; name a run, one of its step-N folders, or a file of weights")
-    if path.is_dir() and ((path / MANIFEST).is_file() or (path / "recipe.json").is_file() or step_folders(path)):
+    if is_run(path):
         return RunParameters(find_checkpoint(path), weights)
     if weights is not None:
         raise UserError(f"--weights {weights}: {path} is no run and holds one set of weights; leave this option out")
     if (path / "transformer").is_dir():
         path = path / "transformer"
-    return parameters_of(WeightFiles.open(path))
+    return _text_encoder(path) or parameters_of(WeightFiles.open(path))
 
 
-def parameters_of(files: WeightFiles) -> FileParameters:
-    """The parameters of weight files, in whatever layout they are.
+def assumptions(source: ParameterSource) -> str:
+    """What was assumed of weights and can be said beside them, on one line; nothing where they tell all."""
+    if not source.assumed or not isinstance(source, FileParameters):
+        return ""
+    path = source.files.path
+    place = path / "config.json" if path.is_dir() else path.with_suffix(".json")
+    values = ", ".join(f"{name}={value}" for name, value in sorted(source.assumed.items()))
+    return f"assumed, as released, for nothing says it: {values}; say other values in {place}, as a JSON object"
+
+
+def parameters_of(files: WeightFiles) -> FileParameters | StoredTensors:
+    """The parameters of weight files, in whatever layout they are; text encoders are folders.
 
     Raises UserError naming the tensors that are missing, unexpected or misshapen, or that no layout has.
     """
@@ -149,9 +209,11 @@ def parameters_of(files: WeightFiles) -> FileParameters:
         return _transformer(files, "diffusers' layout")
     if kind in ("hunyuan_vae", "video_dc_ae"):
         return _autoencoder(files)
+    if kind == "flux_ae":
+        return _image_autoencoder(files)
     raise UserError(
-        f"weights {files.path} are neither a video transformer's nor those of a Video DC-AE or Hunyuan VAE (they begin "
-        f"with {next(iter(files.specs), 'nothing')}): name other ones"
+        f"weights {files.path} hold {TITLES[None]} (they begin with {next(iter(files.specs), 'nothing')}): name a "
+        "transformer's, an autoencoder's, or the folder of a text encoder"
     )
 
 
@@ -193,8 +255,10 @@ def _transformer(files: WeightFiles, layout: str) -> FileParameters:
     if layout == "released":
         fused = "fused" if form["fused_qkv"] else "apart"
         layout = f"released layout: q, k, v {fused}, {'half-split' if form['use_liger_rope'] else 'interleaved'} heads"
+    layout += f"; {config.depth} double and {config.depth_single_blocks} single blocks"
     segments = mmdit_segments(model, files, form)
-    return _of_files(files, layout, config, _assumed(files, config), model, segments)
+    assumed = {name: form[name] for name in assumed_fields(files.specs, files.metadata, form)}
+    return _of_files(files, layout, config, assumed, model, segments)
 
 
 def _autoencoder(files: WeightFiles) -> FileParameters:
@@ -206,15 +270,40 @@ def _autoencoder(files: WeightFiles) -> FileParameters:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(files.specs, shapes, files.path)
     segments = {name: [Segment(name)] for name in shapes}
-    layout = "Hunyuan VAE" if kind == "hunyuan" else "Video DC-AE"
-    return _of_files(files, layout, config, frozenset(), model, segments)
+    return _of_files(files, TITLES[kind_of(files.specs)], config, {}, model, segments)
+
+
+def _image_autoencoder(files: WeightFiles) -> StoredTensors:
+    with torch.device("meta"):
+        tensors = FluxAutoencoder(released_config(files)).released_state_dict()
+    check_tensors(files.specs, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, files.path)
+    return StoredTensors(files, f"{files.path} ({TITLES['flux_ae']}, as it is)")
+
+
+def _text_encoder(folder: Path) -> StoredTensors | None:
+    """The weights of a folder whose config.json says that it is T5's or CLIP's, checked; of others nothing."""
+    try:
+        told = told_config({"config": (folder / "config.json").read_text("utf-8")}, {"model_type": ""})
+    except (OSError, ValueError, UserError):  # told by whoever reads the weights
+        return None
+    for class_name, types in TYPES.items():
+        if told.get("model_type") in types:
+            weights = open_weights(folder, getattr(require_transformers(), class_name))
+            beside = tuple(path for path in sorted(folder.iterdir()) if path.is_file() and _describes(path))
+            return StoredTensors(weights.files, f"{folder} ({class_name}, as it is)", beside)
+    return None
+
+
+def _describes(path: Path) -> bool:
+    """Whether a file of a model's folder is none of its weights."""
+    return path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json") and path.name[0] != "."
 
 
 def _of_files(
     files: WeightFiles,
     layout: str,
     config: Architecture,
-    assumed: frozenset[str],
+    assumed: Mapping[str, Any],
     model: nn.Module,
     segments: dict[str, list[Segment]],
 ) -> FileParameters:
@@ -224,13 +313,3 @@ def _of_files(
         dtype = reduce(torch.promote_types, dtypes or [next(iter(files.specs.values())).dtype])
         specs[name] = TensorSpec(dtype, tuple(tensor.shape))
     return FileParameters(files, f"{files.path} ({layout})", config, assumed, segments, specs)
-
-
-def _assumed(files: WeightFiles, config: MMDiTConfig) -> frozenset[str]:
-    """The fields that no shape says, and the metadata neither."""
-    said = json.loads(files.metadata.get("config", "{}"))
-    if "_class_name" in said:  # diffusers' own
-        said |= {"theta": None, "axes_dim": said.get("axes_dims_rope")}
-        said.pop("patch_size", None)
-    known = {"patch_size"} if config.cond_embed else set()
-    return frozenset({"axes_dim", "theta", "patch_size"} - said.keys() - known)

@@ -13,7 +13,7 @@ Shapes  D hidden size; K channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +29,7 @@ from opensora_fast.diffusers_layout import BIASES, WRITTEN_SUM, check_biases, di
 from opensora_fast.errors import UserError
 from opensora_fast.hunyuan_vae import HunyuanVAE
 from opensora_fast.mmdit import MMDiT
-from opensora_fast.released_form import AUTOENCODERS, VaeKind, kind_of, mmdit_form, vae_form
+from opensora_fast.released_form import TITLES, VAE_KINDS, VaeKind, kind_of, mmdit_form, vae_form
 from opensora_fast.safetensors_file import TensorSpec
 from opensora_fast.streamed_loading import OnBytes, Segment, Target, load_segments, no_report
 from opensora_fast.weight_files import WeightFiles, listed
@@ -211,8 +211,12 @@ def mmdit_segments(on_meta: MMDiT, files: WeightFiles, released_config: Mapping[
     """
     config, parameters = on_meta.config, on_meta.state_dict()
     if kind_of(files.specs) == "mmdit_diffusers":
-        check_tensors(files.specs, diffusers_shapes(config), files.path, allowed=(*BIASES, WRITTEN_SUM))
-        check_biases(files)
+        shapes = diffusers_shapes(config)
+        if side_file := [name for name in (*BIASES, WRITTEN_SUM) if name in files.specs]:
+            shapes |= dict.fromkeys((*BIASES, WRITTEN_SUM), (config.hidden_size,))
+        check_tensors(files.specs, shapes, files.path)
+        if side_file:
+            check_biases(files)
         return {name: diffusers_segments(name, config, files.specs) for name in parameters}
     check_tensors(files.specs, _shapes(to_released_state_dict(on_meta, released_config)), files.path)
     return {name: released_segments(name, config, released_config) for name in parameters}
@@ -256,17 +260,14 @@ def check_tensors(
     found: Mapping[str, Tensor] | Mapping[str, TensorSpec],
     expected: Mapping[str, Sequence[int]],
     where: Path | None,
-    *,
-    allowed: Collection[str] = (),
 ) -> None:
     """Raises UserError naming every tensor that is not as `expected`, which has the names and shapes of all.
 
     where: what the tensors are of, for the message.
-    allowed: names that may be there, too.
     """
     shapes = {key: list(tensor.shape) for key, tensor in found.items()}
     missing = [key for key in expected if key not in shapes]
-    unexpected = [key for key in shapes if key not in expected and key not in allowed]
+    unexpected = [key for key in shapes if key not in expected]
     misshapen = [
         f"{key} is {shapes[key]}, expected {list(shape)}"
         for key, shape in expected.items()
@@ -277,7 +278,9 @@ def check_tensors(
     problems = "; ".join(f"{len(keys)} {group}: {listed(keys)}" for group, keys in groups.items() if keys)
     if problems:
         subject = "weights" if where is None else f"weights {where}"
-        raise UserError(f"{subject} do not fit their configuration ({problems}): name other ones, or correct it")
+        raise UserError(
+            f"{subject} do not fit their configuration ({problems}): download them again, or name those of this model"
+        )
 
 
 def _architecture(config_class: type[Config], released: Mapping[str, Any]) -> Config:
@@ -292,7 +295,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _vae_form(files: WeightFiles, wanted: VaeKind) -> dict[str, Any]:
     kind, form = vae_form(files.specs, files.metadata)
     if kind != wanted:
-        titles = {"hunyuan": AUTOENCODERS["hunyuan_vae"], "video_dc_ae": AUTOENCODERS["video_dc_ae"]}
+        titles = {vae_kind: TITLES[name] for name, vae_kind in VAE_KINDS.items()}
         raise UserError(f"they are of {titles[kind]}, not of {titles[wanted]}: name other ones")
     return form
 

@@ -1,27 +1,27 @@
 """What the tensors of a checkpoint say of its configuration, so that released files need none beside them.
 
-Sizes are read off names and shapes. Where several tensors say the same the most of them count, so that one of a wrong
-shape is found by those that load the weights, under its own name. What no shape says comes from the file's metadata,
-where its "config" is the configuration as JSON (`opensora-fast checkpoint export` writes it, and the config.json of a
-diffusers folder is read as it), and otherwise has the value of the released models.
+What the weights tell of themselves counts (`told_config`): a tensor that does not agree with it is found by those that
+load the weights, under its own name. What they do not tell is as in the released models where the width is theirs.
+Otherwise sizes are read off names and shapes; where several tensors say the same the most of them count, so that one of
+a wrong shape is found as well. The last blocks of a model of another width may then be missing without being missed,
+and a size that one tensor alone says is believed. What no shape says has the value of the released models.
 
 Source  names and shapes of the released checkpoints; diffusers' FluxTransformer2DModel and AutoencoderKLHunyuanVideo.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
-from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
+from opensora_fast.config import HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.safetensors_file import TensorSpec
+from opensora_fast.told_config import told_config, told_mmdit
 
 Kind = Literal["mmdit", "mmdit_diffusers", "hunyuan_vae", "video_dc_ae", "flux_ae"]
 VaeKind = Literal["hunyuan", "video_dc_ae"]
@@ -34,24 +34,25 @@ KINDS: dict[Kind, str] = {
     "video_dc_ae": r"(encoder|decoder)\.stages\.\d+\.op_list\.",
     "flux_ae": r"(encoder\.down|decoder\.up)(\.\d+\.block|_blocks\.\d+\.resnets)\.",
 }
-AUTOENCODERS: dict[Kind, str] = {
+TITLES: dict[Kind | None, str] = {
+    "mmdit": "a transformer",
+    "mmdit_diffusers": "a transformer",
     "hunyuan_vae": "a Hunyuan VAE",
     "video_dc_ae": "a Video DC-AE",
     "flux_ae": "FLUX's image autoencoder",
+    None: "no weights that are known here",
 }
-# What no shape says of each model, with values like those that a configuration may have: the released ones.
-RELEASED_MMDIT: dict[str, Any] = {"theta": 10000, "axes_dim": (16, 56, 56), "patch_size": 2, "use_liger_rope": False}
-DIFFUSERS_MMDIT: dict[str, Any] = {"axes_dims_rope": (16, 56, 56), "_class_name": "FluxTransformer2DModel"}
-RELEASED_HUNYUAN: dict[str, Any] = {
-    "norm_num_groups": 32,
-    "scaling_factor": 0.476986,
-    "shift_factor": 0.0,
-    "use_spatial_tiling": True,
-    "use_temporal_tiling": False,
-    "sample_size": 256,
-    "sample_tsize": 64,
-    "tile_overlap_factor": 0.25,
-}
+VAE_KINDS: dict[Kind, VaeKind] = {"hunyuan_vae": "hunyuan", "video_dc_ae": "video_dc_ae"}
+VAE_CLASS = "AutoencoderKLHunyuanVideo"  # of diffusers
+
+# The released models of this width have these sizes, too.
+RELEASED_WIDTH = 3072
+RELEASED_SIZES = ("depth", "depth_single_blocks", "vec_in_dim", "context_in_dim", "num_heads", "mlp_ratio")
+RELEASED_PATCHES = {64: 2, 128: 1}  # by the channels of a token
+RELEASED_HUNYUAN = asdict(HunyuanVAEConfig(use_spatial_tiling=True))
+# How the released Video DC-AE is used: no tensor says it. The scale is that of its training; the released sampling
+# leaves it out, which cannot match what the transformer was trained on.
+RELEASED_DC_AE: dict[str, Any] = {"scaling_factor": 0.493, "use_spatial_tiling": True, "use_temporal_tiling": True}
 
 
 class Claim(NamedTuple):
@@ -136,48 +137,62 @@ def mmdit_form(specs: Specs, metadata: Mapping[str, str] = {}) -> dict[str, Any]
     """The `released_config` of a transformer: every field of MMDiTConfig, `fused_qkv` and `use_liger_rope`.
 
     Of diffusers' layout it is the configuration of the model; the last two are those of FLUX's own file.
-    Raises UserError naming the tensor without which a size is unknown, and for an autoencoder's tensors.
+    Raises UserError naming the tensor without which a size is unknown, or blocks that are told and missing; for an
+    autoencoder's tensors; and as `told_config`.
     """
     kind = kind_of(specs) or "mmdit"
-    if kind in AUTOENCODERS:
-        raise UserError(f"they are of {AUTOENCODERS[kind]}, not of a transformer: name other ones")
-    claims, said = CLAIMS[kind], _said(metadata, RELEASED_MMDIT | DIFFUSERS_MMDIT)
-    sizes = {
-        field: _size(specs, field, claims[field])
-        for field in ("in_channels", "vec_in_dim", "context_in_dim", "hidden_size")
-    }
-    hidden_size = sizes["hidden_size"]
-    head_dim = _size(specs, "num_heads", claims["head_dim"])
+    if kind not in CLAIMS:
+        raise UserError(f"they are of {TITLES[kind]}, not of a transformer: name other ones")
+    claims, told = CLAIMS[kind], told_mmdit(metadata)
+    said = {name: _said(specs, name, claims[name], told) for name in ("hidden_size", "in_channels")} | told
+    hidden_size, in_channels = said["hidden_size"], said["in_channels"]
+    if hidden_size == RELEASED_WIDTH:
+        released = {name: getattr(MMDiTConfig(), name) for name in RELEASED_SIZES}
+        if in_channels in RELEASED_PATCHES:
+            released["patch_size"] = RELEASED_PATCHES[in_channels]
+        said = released | said
+    said |= {name: _said(specs, name, claims[name], said) for name in ("vec_in_dim", "context_in_dim")}
+    if "num_heads" not in said:
+        said["num_heads"] = max(hidden_size // _size(specs, "num_heads", claims["head_dim"]), 1)
+    inferred: dict[str, Any]
     if kind == "mmdit":
-        fused = any(re.search(r"_attn\.qkv\.|single_blocks\.\d+\.linear1\.", name) for name in specs)
         blocks, single_blocks = "double_blocks", "single_blocks"
         cond_channels = _vote(specs, claims["cond_channels"])
-        cond_embed = any(name.startswith("cond_in.") for name in specs)
-        guidance_embed = any(name.startswith("guidance_in.") for name in specs)
-        qkv_bias = any(re.search(r"_attn\.(qkv|[qkv]_proj)\.bias$", name) for name in specs)
-        half_split = said.get("use_liger_rope", not fused)
+        fused = any(re.search(r"_attn\.qkv\.|single_blocks\.\d+\.linear1\.", name) for name in specs)
+        inferred = {
+            "cond_embed": any(name.startswith("cond_in.") for name in specs),
+            "guidance_embed": any(name.startswith("guidance_in.") for name in specs),
+            "qkv_bias": any(re.search(r"_attn\.(qkv|[qkv]_proj)\.bias$", name) for name in specs),
+            "fused_qkv": fused,
+            "use_liger_rope": not fused,
+        }
     else:
-        fused, half_split, qkv_bias = True, False, True
         blocks, single_blocks = "transformer_blocks", "single_transformer_blocks"
-        cond_channels = (_vote(specs, claims["all_channels"]) or sizes["in_channels"]) - sizes["in_channels"]
-        cond_embed = cond_channels > 0
-        guidance_embed = any(name.startswith("time_text_embed.guidance_embedder.") for name in specs)
-    depth, depth_single_blocks = _blocks(specs, blocks), _blocks(specs, single_blocks)
-    return asdict(MMDiTConfig()) | {
-        **sizes,
-        "mlp_ratio": _mlp_ratio(specs, claims, hidden_size),
-        "num_heads": max(hidden_size // head_dim, 1),
-        "depth": depth,
-        "depth_single_blocks": depth_single_blocks,
-        "axes_dim": said.get("axes_dim") or said.get("axes_dims_rope") or _axes_dim(head_dim),
-        "theta": said.get("theta", MMDiTConfig().theta),
-        "qkv_bias": qkv_bias or depth == 0,
-        "guidance_embed": guidance_embed,
-        "cond_embed": cond_embed,
-        "patch_size": _patch_size(sizes["in_channels"], cond_channels, said),
-        "fused_qkv": fused,
-        "use_liger_rope": half_split,
-    }
+        cond_channels = (_vote(specs, claims["all_channels"]) or in_channels) - in_channels
+        inferred = {
+            "cond_embed": cond_channels > 0,
+            "guidance_embed": any(name.startswith("time_text_embed.guidance_embedder.") for name in specs),
+            "qkv_bias": True,
+        }
+        said |= {"fused_qkv": True, "use_liger_rope": False}
+    for name, blocks_name in (("depth", blocks), ("depth_single_blocks", single_blocks)):
+        inferred[name] = _depth(specs, name, blocks_name, said.get(name))
+    inferred["qkv_bias"] = inferred["qkv_bias"] or inferred["depth"] == 0
+    if "patch_size" not in said:
+        inferred["patch_size"] = _patch_size(in_channels, cond_channels)
+    if "mlp_ratio" not in said:
+        inferred["mlp_ratio"] = _mlp_ratio(specs, claims, hidden_size)
+    if "axes_dim" not in said:
+        inferred["axes_dim"] = _axes_dim(hidden_size // max(said["num_heads"], 1))
+    return asdict(MMDiTConfig()) | inferred | said
+
+
+def assumed_fields(specs: Specs, metadata: Mapping[str, str], form: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of a transformer's form that no tensor says and the weights do not tell: they have released values."""
+    unsaid = {"axes_dim", "theta", "use_liger_rope"} | (set() if form["cond_embed"] else {"patch_size"})
+    if kind_of(specs) == "mmdit_diffusers":  # whose class has them built in
+        unsaid -= {"theta", "use_liger_rope"}
+    return frozenset(unsaid - told_mmdit(metadata).keys())
 
 
 def vae_form(specs: Specs, metadata: Mapping[str, str] = {}) -> tuple[VaeKind, dict[str, Any]]:
@@ -196,6 +211,7 @@ def vae_form(specs: Specs, metadata: Mapping[str, str] = {}) -> tuple[VaeKind, d
 
 
 def _hunyuan_form(specs: Specs, metadata: Mapping[str, str]) -> dict[str, Any]:
+    told = told_config(metadata, RELEASED_HUNYUAN, VAE_CLASS)
     stages = range(_blocks(specs, r"encoder\.down_blocks"))
     layers = r"resnets\.\d+\.(conv\d\.conv|norm2)\.bias"
     widths = (
@@ -214,15 +230,20 @@ def _hunyuan_form(specs: Specs, metadata: Mapping[str, str]) -> dict[str, Any]:
         Claim(r"post_quant_conv\.weight", 0, 5),
         Claim(r"post_quant_conv\.bias", 0, 1),
     ]
-    sizes = {
-        "latent_channels": _size(specs, "latent_channels", latent_channels),
-        "block_out_channels": tuple(widths),
-        "layers_per_block": _blocks(specs, r"encoder\.down_blocks\.0\.resnets"),
+    sizes: dict[str, Any] = {
+        "latent_channels": _said(specs, "latent_channels", latent_channels, told),
+        "block_out_channels": told.get("block_out_channels") or tuple(widths),
     }
-    return sizes | RELEASED_HUNYUAN | _said(metadata, RELEASED_HUNYUAN)
+    layers_per_block = told.get("layers_per_block")
+    if sizes["block_out_channels"] == RELEASED_HUNYUAN["block_out_channels"] and layers_per_block is None:
+        layers_per_block = RELEASED_HUNYUAN["layers_per_block"]
+    resnets = r"encoder\.down_blocks\.\d+\.resnets"
+    sizes["layers_per_block"] = _depth(specs, "layers_per_block", resnets, layers_per_block)
+    return RELEASED_HUNYUAN | sizes | told
 
 
 def _dc_ae_form(specs: Specs, metadata: Mapping[str, str]) -> dict[str, Any]:
+    told = told_config(metadata, asdict(VideoDCAEConfig()))
     stages = _blocks(specs, r"encoder\.stages")
     form: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
@@ -240,6 +261,7 @@ def _dc_ae_form(specs: Specs, metadata: Mapping[str, str]) -> dict[str, Any]:
     image = [
         Claim(r"encoder\.project_in\.conv\.weight", 1, 5),
         Claim(r"decoder\.project_out\.op_list\.2\.conv\.bias", 0, 1),
+        Claim(r"decoder\.project_out\.op_list\.2\.conv\.weight", 0, 5),
     ]
     latent = [
         Claim(r"encoder\.project_out\.main\.op_list\.0\.conv\.bias", 0, 1),
@@ -248,13 +270,19 @@ def _dc_ae_form(specs: Specs, metadata: Mapping[str, str]) -> dict[str, Any]:
     ]
     heads = [Claim(r"(encoder|decoder)\.stages\.\d+\.op_list\.\d+\.context_module\.main\.aggreg\.0\.1\.weight", 1, 5)]
     form |= {
-        "in_channels": _size(specs, "in_channels", image),
-        "latent_channels": _size(specs, "latent_channels", latent),
+        "in_channels": _said(specs, "in_channels", image, told),
+        "latent_channels": _said(specs, "latent_channels", latent, told),
         "heads_dim": _vote(specs, heads) or VideoDCAEConfig().heads_dim,
     }
-    unsaid = {field: value for field, value in asdict(VideoDCAEConfig()).items() if field not in form}
+    released = asdict(VideoDCAEConfig())  # of whose sizes are all that nothing tells where its widths are these
+    if all(form[name] == released[name] for name in ("latent_channels", "encoder_widths", "decoder_widths")):
+        told = released | told
+    for name in ("encoder_depths", "decoder_depths"):
+        for stage, (found, wanted) in enumerate(zip(form[name], told.get(name, ()), strict=False)):
+            _require_blocks(f"{name}[{stage}]", rf"{name[:7]}.stages.{stage}.op_list", found, wanted)
+    unsaid = {name: value for name, value in released.items() if name not in form}
     unsaid["temporal_downsample"] = tuple(stages - 3 <= stage < stages - 1 for stage in range(stages))
-    return form | unsaid | _said(metadata, unsaid)
+    return form | unsaid | told
 
 
 def _resampled_width(specs: Specs, side: str, stage: int) -> int:
@@ -278,17 +306,19 @@ def _mlp_ratio(specs: Specs, claims: Mapping[str, list[Claim]], hidden_size: int
 def _axes_dim(head_dim: int) -> tuple[int, int, int]:
     """As in the released models: an eighth of a head rotates with time, the rest half with height, half with width."""
     if head_dim % 32:
-        raise UserError(f"heads have {head_dim} channels, of which no tensor says axes_dim: pass released_config")
+        raise UserError(
+            f"heads have {head_dim} channels, and no tensor says how many rotate with time, height and width: say "
+            "axes_dim in NAME.json beside the file, or in config.json of the folder"
+        )
     return head_dim // 8, head_dim // 16 * 7, head_dim // 16 * 7
 
 
-def _patch_size(in_channels: int, cond_channels: int | None, said: Mapping[str, Any]) -> int:
-    """From the mask's channels in a condition; the patch size that diffusers' configuration says is of tokens."""
+def _patch_size(in_channels: int, cond_channels: int | None) -> int:
+    """From the mask's channels in a condition."""
     mask_channels = (cond_channels or 0) - in_channels
     if mask_channels > 0 and math.isqrt(mask_channels) ** 2 == mask_channels:
         return math.isqrt(mask_channels)
-    released = MMDiTConfig().patch_size
-    return released if "_class_name" in said else said.get("patch_size", released)
+    return MMDiTConfig().patch_size
 
 
 def _blocks(specs: Specs, prefix: str) -> int:
@@ -297,12 +327,34 @@ def _blocks(specs: Specs, prefix: str) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
+def _depth(specs: Specs, field: str, prefix: str, told: int | None) -> int:
+    """How many blocks there should be: as many as there are where nothing tells. Raises UserError for fewer."""
+    found = _blocks(specs, prefix)
+    if told is None:
+        return found
+    _require_blocks(field, prefix.replace(r"\d+", "N").replace("\\", ""), found, told)
+    return told
+
+
+def _require_blocks(field: str, prefix: str, found: int, wanted: int) -> None:
+    if found < wanted:
+        raise UserError(
+            f"{field} is {wanted}, and the tensors {prefix}.{found} to {prefix}.{wanted - 1} are missing: download the "
+            "weights again; whole ones of another size say so in their metadata, or in NAME.json beside them"
+        )
+
+
+def _said(specs: Specs, field: str, claims: list[Claim], told: Mapping[str, Any]) -> int:
+    """What is told, else what tensors say; raises UserError when neither does."""
+    return told[field] if field in told else _size(specs, field, claims)
+
+
 def _size(specs: Specs, field: str, claims: list[Claim]) -> int:
     """Raises UserError when no tensor says it."""
     size = _vote(specs, claims)
     if size is None:
         tensor = claims[0].names.replace(r"\d+", "0").replace("\\", "")
-        raise UserError(f"no tensor says {field}, as {tensor} would: name a whole checkpoint, or pass released_config")
+        raise UserError(f"no tensor says {field}, as {tensor} would: download the weights again, or name whole ones")
     return size
 
 
@@ -317,34 +369,3 @@ def _vote(specs: Specs, claims: list[Claim]) -> int | None:
             if len(spec.shape) == ndim and spec.shape[axis] > 0 and rule.fullmatch(name)
         )
     return votes.most_common(1)[0][0] if votes else None
-
-
-def _said(metadata: Mapping[str, str], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the configuration in a file's metadata the fields of `like`, whose values are of the types that are allowed.
-
-    Raises UserError when it is no JSON object, or a field has a value of another type.
-    """
-    if "config" not in metadata:
-        return {}
-    try:
-        config = json.loads(metadata["config"])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the configuration in the weights' metadata is no JSON ({error}): write them again") from error
-    if not isinstance(config, dict):
-        raise UserError("the configuration in the weights' metadata is no JSON object: write them again")
-    said = {field: config[field] for field in like if field in config}
-    for field, value in said.items():
-        if not _alike(value, like[field]):
-            raise UserError(
-                f"the configuration in the weights' metadata has {field}={reprlib.repr(value)}, where a value like "
-                f"{json.dumps(like[field])} belongs: write them again"
-            )
-    return {field: tuple(value) if isinstance(value, list) else value for field, value in said.items()}
-
-
-def _alike(value: Any, like: Any) -> bool:
-    if isinstance(like, tuple):
-        return isinstance(value, list) and all(_alike(item, like[0]) for item in value)
-    if like is None or isinstance(like, float):
-        return type(value) in (int, float) or (value is None and like is None)
-    return type(value) is type(like)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class _Block:
         stored = stored[self.skip : self.skip + self.target.shape[0]]
         for axis, (offset, size) in enumerate(self.columns, start=1):
             stored = stored.narrow(axis, offset, size)
-        self.target.copy_(stored)
+        self.target.copy_(stored, non_blocking=True)
 
 
 @torch.no_grad()
@@ -118,6 +119,12 @@ def load_segments(files: WeightFiles, targets: Iterable[Target], *, on_bytes: On
             in_use.finish()
 
 
+@cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One for all that is loaded: what its temporaries took is kept for later ones of this stream alone."""
+    return torch.cuda.Stream(device)
+
+
 class _Slots:
     """Two pieces of host memory that blocks pass through in turn, and the stream that empties them."""
 
@@ -128,7 +135,7 @@ class _Slots:
         self._stream: torch.cuda.Stream | None = None
         self._emptied: list[torch.cuda.Event | None] = [None, None]
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _stream_of(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def pass_on(self, files: WeightFiles, blocks: list[_Block]) -> None:
@@ -141,7 +148,7 @@ class _Slots:
         files.read_into([Rows(block.key, block.start, view) for block, view in zip(blocks, views, strict=True)])
         with torch.cuda.stream(self._stream):
             for block, view in zip(blocks, views, strict=True):
-                block.place(view.to(self._device, non_blocking=True))
+                block.place(view.to(self._device, non_blocking=True) if _changed(files, block) else view)
         if self._stream is not None:
             self._emptied[self._turn] = event = torch.cuda.Event(blocking=True)
             event.record(self._stream)
@@ -246,10 +253,14 @@ def _batches(files: WeightFiles, blocks: Iterator[_Block]) -> Iterator[list[_Blo
 
 
 def _in_place(files: WeightFiles, block: _Block) -> bool:
-    """Whether the file's bytes are the target's."""
-    target = block.target
-    same = target.dtype == files.specs[block.key].dtype and not block.columns and not block.segment.head_shape
-    return same and target.device.type == "cpu" and target.is_contiguous()
+    """Whether the file's bytes are the target's, where it lies."""
+    return not _changed(files, block) and block.target.device.type == "cpu"
+
+
+def _changed(files: WeightFiles, block: _Block) -> bool:
+    """Whether the target's bytes are other ones, or in another order, than the file's."""
+    same = block.target.dtype == files.specs[block.key].dtype and not block.columns and not block.segment.head_shape
+    return not same or not block.target.is_contiguous()
 
 
 def _bytes(files: WeightFiles, block: _Block) -> int:

@@ -2,8 +2,8 @@
 
 Prompts are padded to a fixed length and no attention mask is passed: T5 sees the padding and the transformer attends
 to it, as the released weights were trained.  Models and tokenizers come from local folders that transformers'
-`save_pretrained` wrote; nothing is ever downloaded.  transformers is imported when the first encoder is made, not
-before.
+`save_pretrained` wrote; nothing is ever downloaded.  Weights go from the files to the device in blocks, without a copy
+on the host.  transformers is imported when the first encoder is made, not before.
 
 Shapes   B prompts, L text tokens (max_length_t5), D features.  txt [B, L, D of T5], vec [B, D of CLIP].
 Source   Open-Sora 2.0 (arXiv 2503.09642) section 3.2: T5-v1.1-XXL's last hidden state, CLIP-L's pooled output.
@@ -11,27 +11,24 @@ Source   Open-Sora 2.0 (arXiv 2503.09642) section 3.2: T5-v1.1-XXL's last hidden
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from opensora_fast.errors import UserError
-from opensora_fast.text_folder import check_vocabulary, check_weights
-
-if TYPE_CHECKING:
-    from opensora_fast.sampling_ranks import SamplingRanks
+from opensora_fast.sampling_ranks import SamplingRanks, on_all
+from opensora_fast.streamed_loading import Segment, Target, load_segments
+from opensora_fast.text_folder import TextWeights, check_vocabulary, open_weights
 
 # The released CLIP's configuration has this id where its end-of-prompt token is 49407; transformers then takes the
 # largest id of a prompt, which is that token.
 _CLIP_POOLS_AT_LARGEST_ID = 2
-
-Made = TypeVar("Made")
 
 
 class PromptEncoding(Protocol):
@@ -99,7 +96,7 @@ class SharedTextEncoders:
     @classmethod
     def load(cls, load: Callable[[], PromptEncoding], ranks: SamplingRanks) -> SharedTextEncoders:
         """The encoders that `load` gives on rank 0, where alone it is called."""
-        return cls(_on_rank_0(load, ranks), ranks)
+        return cls(on_all(ranks, lambda: load() if ranks.rank == 0 else None), ranks)
 
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """(txt [B, L, D], vec [B, D]) in the encoders' dtype."""
@@ -114,25 +111,15 @@ class SharedTextEncoders:
     def _shared(self, ask: Callable[[PromptEncoding], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """What `ask` has from rank 0's encoders, on all ranks."""
 
-        def answer() -> tuple[Tensor, Tensor]:
+        def answer() -> tuple[Tensor | None, Tensor | None]:
+            if self._ranks.rank > 0:
+                return None, None
             if self._encoders is None:
                 raise ValueError("rank 0 has no text encoders: load them there")
             return ask(self._encoders)
 
-        txt_BLD, vec_BD = _on_rank_0(answer, self._ranks) or (None, None)
+        txt_BLD, vec_BD = on_all(self._ranks, answer)
         return self._ranks.share_tensor(txt_BLD), self._ranks.share_tensor(vec_BD)
-
-
-def _on_rank_0(make: Callable[[], Made], ranks: SamplingRanks) -> Made | None:
-    """What `make` gives on rank 0; None on the others. Its UserError is raised on all."""
-    made, failure = None, None
-    if ranks.rank == 0:
-        try:
-            made = make()
-        except UserError as error:
-            failure = error
-    ranks.agree(failure)
-    return made
 
 
 class PromptEncoder:
@@ -154,8 +141,8 @@ class PromptEncoder:
             raise UserError(
                 f"text encoder folder {folder} does not exist: name one that holds a {model_class} and its tokenizer"
             )
-        self.tokenizer, model = _load(model_class, folder, dtype)
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.tokenizer, model = _load(model_class, folder, device, dtype)
+        self.model = model.eval().requires_grad_(False)
         self.output = output
         self._max_length = max_length
 
@@ -190,12 +177,35 @@ def load_clip(folder: Path, *, max_length: int, device: torch.device | str, dtyp
     return encoder
 
 
+def cut_notes(t5: Path, max_length: int, prompts: Iterable[str]) -> list[str]:
+    """One line for each prompt of which T5 reads only the beginning, with the number of tokens that are left out.
+
+    Its tokenizer is loaded when a prompt is long enough to ask. Raises UserError when that cannot be.
+    """
+    # A token has a byte at least, but for the two that a tokenizer may put around a prompt.
+    long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) + 2 > max_length]
+    if not long:
+        return []
+    transformers = require_transformers()
+    try:
+        with _quiet(transformers):
+            lengths = [len(ids) for ids in _tokenizer(transformers, t5)(long).input_ids]
+    except Exception as error:  # a damaged vocabulary raises nearly anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"text encoder folder {t5} holds no tokenizer that can be read: {reason}") from error
+    return [
+        f"prompt {prompt[:40]!r}...: has {length} tokens, of which T5 reads {max_length}; shorten it"
+        for prompt, length in zip(long, lengths, strict=True)
+        if length > max_length
+    ]
+
+
 def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: int) -> None:
     """Write folder/t5 and folder/clip: two-layer encoders with random weights that read bytes, for demos and tests.
 
     Their features have unit scale and tell any two prompts apart, but know no language. Both dimensions must be even.
     """
-    transformers = _transformers()
+    transformers = require_transformers()
     tokenizer = transformers.ByT5Tokenizer()  # 256 bytes and a few special tokens; needs no vocabulary file
     special = {
         "vocab_size": len(tokenizer),
@@ -224,30 +234,41 @@ def save_tiny_text_encoders(folder: Path, *, t5_dim: int, clip_dim: int, seed: i
             tokenizer.save_pretrained(Path(folder) / name)
 
 
-def _load(model_class: str, folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder, checked before and after: transformers makes up what is missing."""
-    transformers = _transformers()
+def _load(model_class: str, folder: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder, checked before it is read, and read straight to the device."""
+    transformers = require_transformers()
     try:
         with _quiet(transformers):
-            check_weights(folder, getattr(transformers, model_class))
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            weights = open_weights(folder, getattr(transformers, model_class))
+            tokenizer = _tokenizer(transformers, folder)
             check_vocabulary(folder, tokenizer)
-            model, report = getattr(transformers, model_class).from_pretrained(
-                folder, local_files_only=True, dtype=dtype, output_loading_info=True
-            )
+            return tokenizer, _filled(weights, device, dtype)
     except UserError:
         raise
     except Exception as error:  # configurations and vocabularies that are damaged raise nearly anything
         reason = " ".join(str(error).split())
         raise UserError(f"text encoder folder {folder} holds no {model_class} with its tokenizer: {reason}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"text encoder folder {folder} lacks {len(missing)} weights of a {model_class}, as {missing[0]}"
-        )
-    return tokenizer, model
+
+
+def _tokenizer(transformers: ModuleType, folder: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _filled(weights: TextWeights, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """The model with its weights; the host holds two blocks of rows beside them (`load_segments`)."""
+    model = weights.model.to(dtype)
+    if dtype == torch.float16:  # layers that would overflow, by their last name: T5's `wo`
+        wide = tuple(model._keep_in_fp32_modules or ())
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in wide:
+                module.float()
+    model.to_empty(device=device)
+    for name, positions in model.named_buffers():  # counted, not stored
+        assert name.endswith("position_ids"), name
+        positions.copy_(torch.arange(positions.shape[-1], device=positions.device).expand_as(positions))
+    parameters = model.state_dict(keep_vars=True)
+    load_segments(weights.files, [Target(parameters[name], [Segment(key)]) for name, key in weights.keys.items()])
+    return model
 
 
 @contextmanager
@@ -265,7 +286,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _transformers() -> ModuleType:
+def require_transformers() -> ModuleType:
     try:
         return import_module("transformers")
     except ImportError as error:

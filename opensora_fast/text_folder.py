@@ -1,8 +1,8 @@
-"""Whether a folder holds a text encoder whole, asked before transformers reads it.
+"""What of a text encoder's folder is whole, asked before anything of its weights is read.
 
 transformers makes up weights that are missing, passes over those it does not know, and reads prompts with an empty
-vocabulary where the file of it is away. Here each of these is an error that names the file or the tensor. Only headers
-are read, and pickled code is never run.
+vocabulary where the file of it is away. Here each of these is an error that names the file or the tensor. Of the
+weights only headers are read, which say where each parameter lies; pickled code is never run.
 
 What belongs to the other half of the model that the encoder was taken from (T5's decoder, CLIP's image side) may be
 there, and is left alone.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,10 +30,20 @@ OTHER_HALF = {
 CLIP_PREFIX = "text_model."  # of the names in a file, or of all names in a model, or not, by the version that wrote it
 
 
-def check_weights(folder: Path, model_class: Any) -> None:
-    """Raises UserError when the folder's weights are not those of its config.json, tensor by tensor.
+class TextWeights(NamedTuple):
+    """A model of transformers on the meta device, and the tensor of `files` that each of its parameters is."""
+
+    model: Any
+    files: WeightFiles
+    keys: dict[str, str]  # by the parameter's name
+
+
+def open_weights(folder: Path, model_class: Any) -> TextWeights:
+    """The model of the folder's config.json and its weights, of which nothing has been read.
 
     model_class  a class of transformers: T5EncoderModel or CLIPTextModel
+
+    Raises UserError when the weights are not those of the model, tensor by tensor.
     """
     name = model_class.__name__
     _check_type(folder, name)
@@ -41,13 +51,16 @@ def check_weights(folder: Path, model_class: Any) -> None:
     config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = model_class(config)
+    model.set_input_embeddings(model.get_input_embeddings())  # T5's have two names, which need not be tied yet
     other_half = re.compile(OTHER_HALF[name])
     found = {key: spec for key, spec in files.specs.items() if not other_half.match(key)}
-    expected = {key: tuple(t.shape) for key, t in model.state_dict().items() if not other_half.match(key)}
+    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items() if not other_half.match(key)}
+    keys = {key: key for key in shapes}
     if name == "CLIPTextModel":
         prefix = CLIP_PREFIX if any(key.startswith(CLIP_PREFIX) for key in found) else ""
-        expected = {prefix + key.removeprefix(CLIP_PREFIX): shape for key, shape in expected.items()}
-    check_tensors(found, expected, files.path)
+        keys = {key: prefix + key.removeprefix(CLIP_PREFIX) for key in shapes}
+    check_tensors(found, {keys[key]: shape for key, shape in shapes.items()}, files.path)
+    return TextWeights(model, files, keys)
 
 
 def check_vocabulary(folder: Path, tokenizer: Any) -> None:
@@ -83,6 +96,11 @@ def _weights(folder: Path, name: str) -> Path:
     for file in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         if (folder / file).is_file():
             return folder if file.endswith(".json") else folder / file
+    if (folder / "pytorch_model.bin.index.json").is_file():
+        raise UserError(
+            f"text encoder folder {folder} has its weights in several pytorch_model-*.bin, which are not read: "
+            "download its .safetensors files, or load it with transformers and write it again with save_pretrained"
+        )
     raise UserError(
         f"text encoder folder {folder} holds no {name}: it has no model.safetensors, shards with their index, or "
         "pytorch_model.bin; download it again"

@@ -6,10 +6,14 @@
 
 Opening reads names, dtypes and shapes. Reading goes to given memory, row by row if asked, so that whoever loads a model
 decides how much of a file is in memory at once. A .pt file is mapped: its pages are the system's, as those of any file
-that is read.
+that is read. But what a map costs is this: cut while it is being read, it ends the process (SIGBUS), where a
+.safetensors file is refused. So nothing may write to a .pt file in use.
 
-Beside the shards of a folder lie side files, opensora_fast_*.safetensors: tensors of ours that the folder's layout has
-no place for. They are part of the checkpoint.
+Beside the shards of a folder may lie opensora_fast_biases.safetensors: tensors of ours that the folder's layout has no
+place for. They are part of the checkpoint.
+
+What weights say of themselves under "config" of their metadata can be said beside them, too, where they say nothing: in
+config.json of the folder, or in NAME.json beside NAME.safetensors.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from opensora_fast.errors import UserError
 from opensora_fast.safetensors_file import Rows, SafetensorsFiles, TensorSpec
 
 INDEX = "*.safetensors.index.json"
-SIDE_FILES = "opensora_fast_*.safetensors"
+BIASES_FILE = "opensora_fast_biases.safetensors"
 
 
 class Store(Protocol):
@@ -44,8 +48,7 @@ class WeightFiles:
 
     path      what was opened
     specs     dtype and shape of every tensor, in the order of the files
-    metadata  what the files say of themselves; of a folder with a config.json its text is under "config" where the
-              files themselves say none
+    metadata  what the files say of themselves; "config" also what is said beside them
     """
 
     def __init__(self, path: Path, store: Store, metadata: dict[str, str]) -> None:
@@ -65,9 +68,9 @@ class WeightFiles:
         if path.is_dir():
             return _open_folder(path)
         if path.suffix == ".safetensors":
-            return _open_files(path, [path])
+            return _with_config(_open_files(path, [path]), path.with_suffix(".json"))
         if path.suffix in (".pt", ".pth", ".bin"):
-            return cls(path, _PickledTensors(path), {})
+            return _with_config(cls(path, _PickledTensors(path), {}), path.with_suffix(".json"))
         raise UserError(f"weights {path} have the suffix {path.suffix!r}: pass a .safetensors, .pt or .pth file")
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
@@ -138,7 +141,7 @@ def _open_files(path: Path, files: list[Path]) -> WeightFiles:
 
 
 def _open_folder(folder: Path) -> WeightFiles:
-    side_files = sorted(folder.glob(SIDE_FILES))
+    side_files = sorted(folder.glob(BIASES_FILE))
     indices = sorted(folder.glob(INDEX))
     if len(indices) == 1:
         shards = _indexed_shards(folder, indices[0])
@@ -154,12 +157,15 @@ def _open_folder(folder: Path) -> WeightFiles:
         lost = [name for name in _weight_map(indices[0]) if name not in files.specs]
         if lost:
             raise UserError(f"the shards of {folder} lack {listed(lost)}, which the index names: download them again")
-    config = folder / "config.json"
+    return _with_config(files, folder / "config.json")
+
+
+def _with_config(files: WeightFiles, config: Path) -> WeightFiles:
     if "config" not in files.metadata and config.is_file():
         try:
             files.metadata["config"] = config.read_text("utf-8")
         except (OSError, ValueError) as error:
-            raise UserError(f"{config} cannot be read ({error}): download the folder again") from error
+            raise UserError(f"{config} cannot be read ({error}): download or write it again") from error
     return files
 
 
@@ -196,7 +202,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
             f"weights {path} are damaged, {type(error).__name__}: download or copy the file again"
         ) from error
     if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"  # one on the meta device holds nothing
         for name, tensor in tensors.items()
     ):
         raise UserError(f"weights {path} are not a flat state dict: save the dict of names and tensors alone")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from opensora_fast.autoencoder import LatentLayout, StoredLayout
-from opensora_fast.checkpoint_folder import find_checkpoint, step_folders
+from opensora_fast.checkpoint_folder import find_checkpoint, is_run, released_autoencoder_config, step_folders
 from opensora_fast.conditions import CONDITIONS, encoded_pieces
 from opensora_fast.config import config_from_dict
 from opensora_fast.errors import UserError
@@ -35,6 +35,7 @@ from opensora_fast.native import native
 from opensora_fast.train.config import AutoencoderSection, DiffusionRecipe
 from opensora_fast.train.stand_ins import DEMO
 from opensora_fast.video_decoder import choose_decoder
+from opensora_fast.weight_files import WeightFiles
 
 FORMAT = 1
 FILE = "cache.json"
@@ -201,7 +202,8 @@ def adopt(recipe: DiffusionRecipe, there: CacheSettings, folder: Path) -> Diffus
         path = Path(autoencoder.weights).resolve()
         autoencoder = dataclasses.replace(autoencoder, weights=str(path))
         mine["autoencoder.weights"] = fingerprint("autoencoder.weights", path)
-        mine["autoencoder.config"] = _described_config(autoencoder)
+        if mine["autoencoder.weights"] == str(record.fingerprint).partition("-")[0]:  # others are refused below
+            mine["autoencoder.config"] = _described_config(autoencoder)
     text = dataclasses.replace(
         text,
         t5=_adopted("text.t5", text.t5, there.text.t5, mine),
@@ -283,8 +285,10 @@ def _checksum(file: Path, seed: int) -> int:
 def _described_config(section: AutoencoderSection) -> dict | None:
     """The configuration that released weights are read with; a run's checkpoint has its own."""
     path = Path(str(section.weights))
-    released = path.is_file() or any(path.glob("*.safetensors*"))
-    return json.loads(json.dumps(dataclasses.asdict(section.config))) if released else None
+    if is_run(path) or not (path.is_file() or any(path.glob("*.safetensors*"))):
+        return None
+    described = {"kind": section.kind, "config": dataclasses.asdict(section.config)}
+    return json.loads(json.dumps(released_autoencoder_config(WeightFiles.open(path), described)))
 
 
 def _require_pieces(recipe: DiffusionRecipe, there: CacheSettings, folder: Path) -> None:

@@ -60,9 +60,9 @@ class DataSection:
 class AutoencoderSection:
     """The frozen autoencoder of a diffusion run.
 
-    `weights` is an autoencoder run, one of its checkpoints, or a released safetensors file, whose configuration is
-    `config`, of the class that belongs to `kind`. Without weights, `untrained_seed` allows a randomly initialised Video
-    DC-AE (a rehearsal of the machinery, never a result).
+    `weights` is an autoencoder run or one of its checkpoints, or a file or folder of weights. What these say of their
+    configuration counts; where they say nothing it is `config`, of the class that belongs to `kind`. Without weights,
+    `untrained_seed` allows a randomly initialised Video DC-AE (a rehearsal of the machinery, never a result).
     """
 
     kind: Literal["video_dc_ae", "hunyuan"] = "video_dc_ae"
@@ -76,7 +76,8 @@ class AutoencoderSection:
             isinstance(self.config, expected),
             "autoencoder.kind",
             self.kind,
-            f"its configuration is a {expected.__name__}, and this recipe has a {type(self.config).__name__}",
+            f"its configuration is a {expected.__name__}, and this recipe has a {type(self.config).__name__}: leave it "
+            "as it is, or train a recipe of the other autoencoder (stage1 to stage3: hunyuan; the others: video_dc_ae)",
         )
         _require(
             self.untrained_seed is None or self.kind == "video_dc_ae",

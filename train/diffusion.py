@@ -239,8 +239,9 @@ def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.devic
     Raises UserError for encoders, weights, clips or a cache that do not fit the recipe.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    resumed = not fresh and len(step_folders(run.path)) > 0
     source = None
-    if recipe.init_weights is not None and (fresh or not step_folders(run.path)):
+    if recipe.init_weights is not None and not resumed:
         source = open_parameters(Path(recipe.init_weights))
         require_fit(source, recipe.model, recipe.new_layers)  # before encoders are loaded
     if recipe.data.cache is None:
@@ -248,8 +249,7 @@ def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.devic
     else:
         inputs = cached_inputs(recipe, EncoderCache.open(Path(recipe.data.cache)), device, dtype)
     recipe = inputs.recipe
-    model, report = _initial_model(recipe, source)
-    model = model.to(device)
+    model, report = initial_model(recipe, source, device, resumed=resumed)
     task = VelocityTask(recipe, model, inputs.autoencoder, inputs.text, device, dtype, layout=inputs.layout)
     if fresh:
         run.clear()
@@ -264,21 +264,23 @@ def train_diffusion(recipe: DiffusionRecipe, run: RunFolder, device: torch.devic
     return train(task, recipe, run, inputs.loader, inputs.heldout, sample=sample_clips)
 
 
-def _initial_model(
-    recipe: DiffusionRecipe, source: ParameterSource | None
+def initial_model(
+    recipe: DiffusionRecipe, source: ParameterSource | None, device: torch.device, *, resumed: bool
 ) -> tuple[MMDiT, InitialisationReport | None]:
-    """The model before its first step, fp32 on the CPU: other weights and what became of them, or drawn from the seed.
+    """The model before its first step, fp32 on the device: other weights and what became of them, or drawn.
 
-    Layers that those weights lack are drawn from the seed, too.
+    Other weights go to the device as they are read, and never are on the host as a whole. All that is drawn is drawn
+    on the CPU from the recipe's seed: what those weights lack, or every layer. Of a run that is `resumed` no weights
+    are drawn: its checkpoint has them.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.loop.seed)
-        if source is None:
-            return MMDiT(recipe.model), None
+        torch.default_generator.manual_seed(recipe.loop.seed)
+        if source is None and not resumed:
+            return MMDiT(recipe.model).to(device), None
         with torch.device("meta"):
             model = MMDiT(recipe.model)
-        model.to_empty(device="cpu")
-        return model, initialise_mmdit(model, source, new_layers=recipe.new_layers)
+        model.to_empty(device=device)
+        return model, None if source is None else initialise_mmdit(model, source, new_layers=recipe.new_layers)
 
 
 def _validation_samples(task: VelocityTask, run: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from opensora_fast.config import MMDIT_PRESETS, HunyuanVAEConfig, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.errors import UserError
+from opensora_fast.released_form import RELEASED_DC_AE
 from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.train.buckets import BucketTable
 from opensora_fast.train.config import (
@@ -134,13 +135,7 @@ def dcae_short() -> DiffusionRecipe:
         name="dcae_short",
         new_layers="auto",  # P section 4.3: input and output layers start anew
         model=MMDIT_PRESETS["open-sora-v2-dcae"],
-        autoencoder=AutoencoderSection(
-            config=VideoDCAEConfig(
-                scaling_factor=0.493,  # R training; R sampling leaves it out, which cannot match what was trained
-                use_spatial_tiling=True,
-                use_temporal_tiling=True,
-            )
-        ),
+        autoencoder=AutoencoderSection(config=VideoDCAEConfig(**RELEASED_DC_AE)),  # R
         text=TextSection(dropout=0.31622777),
         data=DataSection(buckets=DCAE_SHORT_BUCKETS),
         condition_weights={"t2v": 1.0, "i2v_head": 7.0},  # R

@@ -94,5 +94,6 @@ def _save_untrained(recipe: DiffusionRecipe, seed: int, folder: Path) -> None:
     config = dataclasses.replace(autoencoder.config, scaling_factor=latent_deviation(autoencoder, clips))
     tensors = {f"model.{name}": tensor for name, tensor in autoencoder.state_dict().items()}
     with contextlib.closing(RunFolder(folder, keep=1)) as run:
-        run.save(0, tensors, {}, {"name": "untrained", "autoencoder": {"config": dataclasses.asdict(config)}})
+        section = {"kind": "video_dc_ae", "config": dataclasses.asdict(config)}
+        run.save(0, tensors, {}, {"name": "untrained", "autoencoder": section})
         run.wait()

@@ -20,6 +20,7 @@ from opensora_fast.config import MMDIT_PRESETS
 from opensora_fast.parameter_source import open_parameters, read_parameters
 from opensora_fast.released import load_mmdit_from, read_weights
 from opensora_fast.safetensors_file import TensorSpec, header_content, read_header
+from opensora_fast.text import load_clip, load_t5
 from opensora_fast.weight_files import WeightFiles
 
 # How each is laid out, as options of an export back to it.
@@ -54,7 +55,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype, key
-        assert torch.equal(found[key].view(torch.uint8), tensor.view(torch.uint8)), key
+        assert found[key].shape == tensor.shape, key
+        assert torch.equal(found[key].view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8)), key
 
 
 @pytest.mark.parametrize("format", FORMS)
@@ -191,7 +193,7 @@ def test_an_export_says_what_it_is_of(weights, tmp_path):
     assert (config["patch_size"], config["in_channels"], config["use_liger_rope"]) == (1, 8, False)
     source, again = open_parameters(weights("open-sora-v2-dcae")), open_parameters(out)
     assert again.config == source.config
-    assert source.assumed == {"axes_dim", "theta"}
+    assert source.assumed.keys() == {"axes_dim", "theta", "use_liger_rope"}
     assert not again.assumed
     assert_same(read_parameters(again, again.specs), read_parameters(source, source.specs))
 
@@ -213,7 +215,7 @@ def test_what_is_no_model_is_refused_in_one_line(weights, tmp_path, capsys):
     out = str(tmp_path / "out")
     for arguments, said in [
         ([weights("flux-dev"), "--weights", "ema"], "is no run and holds one set of weights"),
-        ([weights("flux-ae")], "neither a video transformer's nor those of"),
+        ([weights("flux-ae"), "--to", "diffusers"], "has one layout: use --to released"),
         ([weights("video-dc-ae"), "--to", "diffusers"], "AutoencoderDC is of images alone"),
         ([weights("hunyuan-vae"), "--fused_qkv", "true"], "knows no such choice"),
         ([tmp_path / "other.safetensors"], "they begin with x"),
@@ -227,3 +229,78 @@ def test_what_is_no_model_is_refused_in_one_line(weights, tmp_path, capsys):
         assert said in told, told
         assert len(told.splitlines()) == 1
         assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("format", ["t5", "clip", "flux-ae"])
+def test_models_of_one_layout_are_written_as_they_are(format, released_checkpoints, tmp_path):
+    """Into a folder that is read as the first one was, and into one file; also whole numbers, of another dtype."""
+    source = released_checkpoints.write(format, tmp_path / ("ae.safetensors" if format == "flux-ae" else format))
+    stored = released_checkpoints.weights(format)
+    copy = export(source, "released", tmp_path / "copy", "--shard_gib", "0.00005")
+    assert len(list(copy.glob("*-of-*.safetensors"))) > 1
+    assert_same(read_weights(copy), stored)
+    assert_same(read_weights(export(copy, "released", tmp_path / "one.safetensors")), stored)
+    halved = read_weights(export(source, "released", tmp_path / "halved", "--dtype", "bf16"))
+    assert_same(halved, {key: t.bfloat16() if t.is_floating_point() else t for key, t in stored.items()})
+    if format == "flux-ae":
+        return
+    load, most = (load_t5, 24) if format == "t5" else (load_clip, 77)
+    weights = "*.safetensors*"
+    assert {path.name for path in copy.iterdir() if not path.match(weights)} == {
+        path.name for path in source.iterdir() if not path.match(weights)
+    }
+    read = [load(place, max_length=most, device="cpu", dtype=torch.float32) for place in (source, copy)]
+    assert torch.equal(*(encoder(["a rabbit on a meadow"]) for encoder in read))
+
+
+@pytest.mark.parametrize("format", ["t5", "clip", "flux-ae"])
+def test_models_of_one_layout_have_to_be_whole(format, released_checkpoints, tmp_path, capsys):
+    source = released_checkpoints.write(format, tmp_path / ("ae.safetensors" if format == "flux-ae" else format))
+    file = source if source.is_file() else next(source.glob("*.safetensors"))
+    content = load_file(file)
+    lost = next(key for key in content if "text_model.encoder" in key or format != "clip")
+    del content[lost]
+    save_file(content, file, {"format": "pt"})
+    assert main(["checkpoint", "export", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert lost in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_no_tensor_says_is_said_beside_the_file(weights, released_checkpoints, tmp_path, capsys):
+    """A fused file whose heads are half-split looks like FLUX's own; the export tells what it assumes."""
+    form = ["--fused_qkv", "true", "--use_liger_rope", "true"]
+    mute = tmp_path / "mute.safetensors"
+    save_file(load_file(export(weights("open-sora-v2"), "released", tmp_path / "told.safetensors", *form)), mute)
+    capsys.readouterr()
+    export(mute, "released", tmp_path / "wrong.safetensors")
+    assert "nothing says it: axes_dim=(4, 14, 14), theta=10000, use_liger_rope=False" in capsys.readouterr().out
+    (tmp_path / "mute.json").write_text('{"use_liger_rope": true, "theta": 10000, "axes_dim": [4, 14, 14]}')
+    back = export(mute, "released", tmp_path / "back.safetensors")
+    assert "assumed" not in capsys.readouterr().out
+    assert_same(load_file(back), load_file(weights("open-sora-v2")))
+    assert not torch.equal(
+        load_file(tmp_path / "wrong.safetensors")["single_blocks.0.q_proj.weight"],
+        load_file(back)["single_blocks.0.q_proj.weight"],
+    )
+
+
+def test_another_dtype_is_that_of_the_side_file_too(weights, tmp_path):
+    """Both biases are converted before they are added up: the file beside the weights still belongs to them."""
+    source = tmp_path / "fp32.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(t.shape, generator=generator) for key, t in load_file(weights("open-sora-v2")).items()}
+    save_file(tensors, source)
+    folder = export(source, "diffusers", tmp_path / "bf16", "--dtype", "bf16")
+    back = export(folder, "released", tmp_path / "back.safetensors")
+    assert_same(load_file(back), {key: tensor.bfloat16() for key, tensor in tensors.items()})
+
+
+def test_rows_of_several_dtypes_are_named(weights, tmp_path, capsys):
+    tensors = load_file(weights("open-sora-v2"))
+    tensors["double_blocks.0.img_attn.q_proj.weight"] = tensors["double_blocks.0.img_attn.q_proj.weight"].float()
+    save_file(tensors, tmp_path / "mixed.safetensors")
+    capsys.readouterr()
+    back = export(tmp_path / "mixed.safetensors", "released", tmp_path / "back.safetensors")
+    assert "now all of the widest: double_blocks.0.img.qkv.weight\n" in capsys.readouterr().out
+    key = "double_blocks.0.img_attn.v_proj.weight"
+    assert torch.equal(load_file(back)[key], tensors[key].float())

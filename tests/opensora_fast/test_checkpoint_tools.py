@@ -18,13 +18,14 @@ from opensora_fast.checkpoint_reader import CheckpointReader
 from opensora_fast.cli import main
 from opensora_fast.config import MMDIT_PRESETS, MMDiTConfig, VideoDCAEConfig
 from opensora_fast.dc_ae import VideoDCAE
-from opensora_fast.diffusers_layout import BIASES, BIASES_FILE, WRITTEN_SUM, diffusers_parts, to_diffusers
+from opensora_fast.diffusers_layout import BIASES, WRITTEN_SUM, diffusers_parts, to_diffusers
 from opensora_fast.manifest import FileRecord, Manifest, Piece, TensorRecord, crc32c
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.parameter_source import open_parameters
 from opensora_fast.released import load_released_dc_ae, load_released_mmdit, read_weights
 from opensora_fast.safetensors_file import read_header, split
 from opensora_fast.train.checkpoint import RunFolder
+from opensora_fast.weight_files import BIASES_FILE
 
 TINY = MMDIT_PRESETS["tiny"]
 CHUNK = 4096

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opensora_fast.config import MMDIT_PRESETS, HunyuanVAEConfig, MMDiTConfig
 from opensora_fast.diffusers_layout import (
     BIASES,
-    BIASES_FILE,
+    WRITTEN_SUM,
     biases_file,
     check_biases,
     diffusers_config,
@@ -28,11 +28,11 @@ from opensora_fast.diffusers_layout import (
 from opensora_fast.errors import UserError
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.positions import position_ids_THW
-from opensora_fast.released import load_released_mmdit, to_released_state_dict
+from opensora_fast.released import load_mmdit_from, load_released_mmdit, to_released_state_dict
 from opensora_fast.released_form import mmdit_form
 from opensora_fast.safetensors_file import TensorSpec
 from opensora_fast.streamed_loading import Target, load_segments
-from opensora_fast.weight_files import WeightFiles
+from opensora_fast.weight_files import BIASES_FILE, WeightFiles
 
 FLUX = replace(MMDIT_PRESETS["tiny"], cond_embed=False, guidance_embed=True)
 CONDITIONED = MMDIT_PRESETS["tiny"]
@@ -265,7 +265,8 @@ def test_every_tensor_comes_back_bit_for_bit(
     files = written(model, tmp_path_factory.mktemp("d"))
     shapes = {key: spec.shape for key, spec in specs(translated(model)).items()}
     assert diffusers_shapes(config) == shapes
-    check_biases(files)
+    if cond:
+        check_biases(files)
     found = read_back(files, config)
     assert {name for name, tensor in model.state_dict().items() if not torch.equal(found[name], tensor)} == set()
     form = mmdit_form(files.specs, {"config": json.dumps(diffusers_config(config))})
@@ -291,6 +292,27 @@ def test_a_side_file_of_other_weights_is_refused(tmp_path):
     save_file(theirs, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=f"{BIASES_FILE}: .*changed since: remove this file"):
         check_biases(WeightFiles.open(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda side: side.pop("cond_in.bias"), "1 missing: cond_in.bias"),
+        (lambda side: side.pop(WRITTEN_SUM), f"1 missing: {WRITTEN_SUM}"),
+        (lambda side: side.update({"img_in.bias": torch.zeros(67)}), r"1 misshapen: img_in.bias is \[67\]"),
+        (lambda side: side.update({"img_in.bias": torch.zeros(3)}), r"1 misshapen: img_in.bias is \[3\]"),
+        (lambda side: side["cond_in.bias"].add_(1), "changed since: remove this file"),
+        (lambda side: side.update({WRITTEN_SUM: side[WRITTEN_SUM].bfloat16()}), "changed since: remove this file"),
+    ],
+    ids=["no cond_in", "no sum", "longer", "shorter", "changed", "other dtype"],
+)
+def test_a_side_file_that_is_not_whole_or_was_changed_is_refused(change, said, tmp_path):
+    written(random_model(CONDITIONED), tmp_path)
+    side = load_file(tmp_path / BIASES_FILE)
+    change(side)
+    save_file(side, tmp_path / BIASES_FILE)
+    with pytest.raises(UserError, match=said):
+        load_mmdit_from(WeightFiles.open(tmp_path))
 
 
 def test_the_configuration_of_the_autoencoder_is_that_of_its_class():

@@ -173,6 +173,37 @@ def test_the_files_metadata_may_say_what_tensors_do_not(tmp_path: Path) -> None:
     assert (config.norm_num_groups, config.scaling_factor, config.shift_factor) == (16, 0.5, 0.1159)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        '"norm_num_groups": 0',
+        '"norm_num_groups": -32',
+        '"norm_num_groups": "a"',
+        '"scaling_factor": null',
+        '"scaling_factor": 0',
+        '"scaling_factor": Infinity',
+        '"scaling_factor": "a"',
+        '"shift_factor": NaN',
+        '"shift_factor": "a"',
+        '"block_out_channels": 64',
+        '"layers_per_block": []',
+        '"nested": ' + "[" * 100_000,
+    ],
+    ids=lambda field: field[:25],
+)
+def test_a_damaged_configuration_is_refused_with_the_files_name(tmp_path: Path, field: str) -> None:
+    """Said in the metadata of a released file, and in the config.json of diffusers' folder."""
+    files = save(tmp_path / "ae.safetensors", released_weights(), {"config": "{" + field + "}"})
+    with pytest.raises(UserError, match=r"ae\.safetensors"):
+        FluxAutoencoder.from_released(files)
+    whole = '{"_class_name": "AutoencoderKL", "shift_factor": 0.1, "block_out_channels": [32, 32], '
+    whole += '"down_block_types": ["DownEncoderBlock2D", "DownEncoderBlock2D"], '
+    whole += '"up_block_types": ["UpDecoderBlock2D", "UpDecoderBlock2D"], '
+    (tmp_path / "config.json").write_text(whole + field + "}")
+    with pytest.raises(UserError, match=tmp_path.name):
+        FluxAutoencoder.from_diffusers(tmp_path)
+
+
 def test_every_name_of_the_released_sizes_is_there() -> None:
     config = {
         "block_out_channels": [128, 256, 512, 512],

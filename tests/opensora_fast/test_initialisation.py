@@ -190,6 +190,15 @@ def test_layers_start_anew_when_asked_for(weights, config):
     assert report.origins["img_in.bias"].note == "zero: as asked for"
 
 
+def test_other_patches_than_the_assumed_ones_start_anew(weights, config):
+    """FLUX's file does not say that its tokens are patches of 2 x 2; a model of as many channels may have others."""
+    model = undefined(replace(config("open-sora-v2"), patch_size=1))
+    report = initialise_mmdit(model, weights("flux-dev"))
+    assert {"img_in.weight", "img_in.bias", "final_layer.linear.weight"} <= set(report.names("new"))
+    assert "the weights are for patch_size=2" in report.origins["img_in.weight"].note
+    assert "patch_size=2" in report.assumed
+
+
 def test_nothing_is_read_into_a_model_that_does_not_fit(weights, config, released_checkpoints, tmp_path):
     wide = replace(config("open-sora-v2"), hidden_size=128, num_heads=4)
     deep = replace(config("open-sora-v2"), depth=3)
@@ -200,7 +209,19 @@ def test_nothing_is_read_into_a_model_that_does_not_fit(weights, config, release
         (config("open-sora-v2"), "flux-dev", "none", "cond_embed is False there and True in the model"),
         (config("open-sora-v2-dcae"), "open-sora-v2", "none", "in_channels is 64 there and 8.*new_layers=auto"),
         (config("open-sora-v2"), "hunyuan-vae", "auto", "are no transformer's"),
-        (config("open-sora-v2"), "flux-ae", "auto", "neither a video transformer's"),
+        (
+            replace(config("open-sora-v2"), theta=256),
+            "flux-dev",
+            "auto",
+            "theta is 10000 there and 256 .*flux-dev.json",
+        ),
+        (
+            replace(config("open-sora-v2"), axes_dim=(8, 12, 12)),
+            "flux-dev",
+            "auto",
+            "axes_dim is .*assumed, as released",
+        ),
+        (config("open-sora-v2"), "flux-ae", "auto", "are no transformer's"),
     ]:
         model = undefined(model_config)
         with pytest.raises(UserError, match=said) as failure:

@@ -3,8 +3,10 @@
 import ast
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,18 +163,126 @@ def test_a_hunyuan_vae_of_other_widths_takes_the_rest_from_metadata():
 LAYOUTS = pytest.mark.parametrize("layout", [SPLIT, FLUX], ids=["split", "fused"])
 
 
-def check(specs: dict[str, TensorSpec], layout: dict[str, bool]) -> None:
+def check(specs: dict[str, TensorSpec], layout: dict[str, bool], told: dict[str, Any] | None = None) -> None:
     """What loading these tensors would check."""
-    config = MMDiTConfig(**{key: value for key, value in mmdit_form(specs).items() if key not in layout})
-    expected = to_released_state_dict(on_meta(config), layout)
-    check_tensors(specs, {key: tuple(tensor.shape) for key, tensor in expected.items()}, Path("file"))
+    form = mmdit_form(specs, {} if told is None else {"config": json.dumps(told)})
+    config = MMDiTConfig(**{key: value for key, value in form.items() if key not in layout})
+    if kind_of(specs) == "mmdit_diffusers":
+        expected = diffusers_shapes(config)
+    else:
+        tensors = to_released_state_dict(on_meta(config), layout)
+        expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    check_tensors(specs, expected, Path("file"))
 
 
-def problem(specs: dict[str, TensorSpec], layout: dict[str, bool]) -> str:
+def problem(specs: dict[str, TensorSpec], layout: dict[str, bool], told: dict[str, Any] | None = None) -> str:
     with pytest.raises(UserError) as refusal:
-        check(specs, layout)
+        check(specs, layout, told)
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
+
+
+def widened(specs: dict[str, TensorSpec], key: str) -> Iterator[tuple[TensorSpec, dict[str, TensorSpec]]]:
+    """One tensor longer along each of its axes, and all of them with it."""
+    dtype, shape = specs[key]
+    for axis in range(len(shape)):
+        wrong = TensorSpec(dtype, tuple(size + (number == axis) for number, size in enumerate(shape)))
+        yield wrong, specs | {key: wrong}
+
+
+@LAYOUTS
+def test_of_told_sizes_a_wrong_shape_along_any_axis_is_named_and_no_other(layout):
+    right = specs_of(on_meta(TINY), layout)
+    told = asdict(TINY) | layout
+    check(right, layout, told)
+    for key, spec in right.items():
+        for wrong, specs in widened(right, key):
+            expected = f"(1 misshapen: {key} is {list(wrong.shape)}, expected {list(spec.shape)})"
+            assert expected in problem(specs, layout, told)
+
+
+@pytest.mark.parametrize("name", ["opensora_mmdit_keys", "opensora_mmdit_keys_dcae", "flux_dev_keys"])
+def test_of_the_released_size_a_wrong_shape_along_any_axis_is_named_and_no_other(name):
+    """One tensor of each kind. Nothing tells, and one tensor alone says the width of the text."""
+    right = released_specs(name)
+    kinds = {re.sub(r"\d+", "N", key): key for key in right}
+    for key in kinds.values():
+        for wrong, specs in widened(right, key):
+            form = mmdit_form(specs)
+            assert form == mmdit_form(right), (key, wrong)
+
+
+def test_missing_last_blocks_are_not_taken_for_a_smaller_model():
+    def without(specs: dict[str, TensorSpec], block: str) -> dict[str, TensorSpec]:
+        less = {key: spec for key, spec in specs.items() if not key.startswith(block)}
+        assert len(less) < len(specs)
+        return less
+
+    v2, tiny = released_specs("opensora_mmdit_keys"), specs_of(on_meta(TINY), SPLIT)
+    theirs = as_specs(diffusers_shapes(TINY))
+    told = {"config": json.dumps(asdict(TINY))}
+    for specs, metadata, block, said in (
+        (v2, {}, "double_blocks.18.", "depth is 19, and the tensors double_blocks.18 to double_blocks.18 are missing"),
+        (v2, {}, "single_blocks.37.", "depth_single_blocks is 38, and the tensors single_blocks.37"),
+        (tiny, told, "single_blocks.1.", "depth_single_blocks is 2, and the tensors single_blocks.1"),
+        (
+            theirs,
+            {"config": json.dumps(diffusers_config(TINY))},
+            "single_transformer_blocks.1.",
+            "is 2, and the tensors",
+        ),
+        (theirs, told, "transformer_blocks.0.", "depth is 1, and the tensors transformer_blocks.0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mmdit_form(without(specs, block), metadata)
+
+    dc_ae, hunyuan = released_specs("opensora_dcae_keys"), released_specs("opensora_hunyuan_vae_keys")
+    small = VideoDCAEConfig(
+        latent_channels=4,
+        encoder_widths=(16, 32),
+        decoder_widths=(16, 32),
+        encoder_depths=(2, 1),
+        decoder_depths=(1, 1),
+        encoder_block_types=("ResBlock",) * 2,
+        decoder_block_types=("ResBlock",) * 2,
+        temporal_downsample=(True, False),
+    )
+    with torch.device("meta"):
+        smaller = specs_of(VideoDCAE(small), {})
+    lost = {key: spec for key, spec in smaller.items() if not key.startswith("encoder.stages.0.op_list.1.")}
+    told = {"config": json.dumps(asdict(small))}
+    vae_form(smaller, told)
+    for specs, metadata, said in (
+        (without(dc_ae, "encoder.stages.5.op_list.2."), {}, r"encoder_depths\[5\] is 3, .* encoder.stages.5.op_list.2"),
+        (lost, told, r"encoder_depths\[0\] is 2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            vae_form(specs, metadata)
+    form = vae_form(without(hunyuan, "encoder.down_blocks.0.resnets.1."))[1]
+    assert form["layers_per_block"] == 2  # whoever loads them names what is missing
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_layers": 5},
+        {"num_single_layers": 1},
+        {"attention_head_dim": 64, "axes_dims_rope": [8, 28, 28]},
+        {"guidance_embeds": True},
+        {"in_channels": 128},
+        {"out_channels": None},
+        {"joint_attention_dim": 7},
+        {"pooled_projection_dim": 7},
+        {"axes_dims_rope": [2, 2, 24]},
+        {"_class_name": "ChromaTransformer2DModel"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_diffusers_configuration_says_has_to_agree_with_the_tensors(change):
+    config = diffusers_config(TINY)
+    specs = as_specs(diffusers_shapes(TINY))
+    check(specs, FLUX, config)
+    problem(specs, FLUX, config | change)
 
 
 @LAYOUTS
@@ -228,10 +338,10 @@ def test_a_wrong_tensor_of_an_autoencoder_is_named_and_no_other():
             {},
         )
     check_dc_ae(right)
-    for key, spec in right.items():
-        wrong = right | {key: TensorSpec(spec.dtype, (spec.shape[0] + 1, *spec.shape[1:]))}
-        with pytest.raises(UserError, match=rf"\(1 misshapen: {re.escape(key)} is "):
-            check_dc_ae(wrong)
+    for key in right:
+        for _, wrong in widened(right, key):
+            with pytest.raises(UserError, match=rf"\(1 misshapen: {re.escape(key)} is "):
+                check_dc_ae(wrong)
         with pytest.raises(UserError, match=rf"\(1 missing: {re.escape(key)}\)"):
             check_dc_ae({name: spec for name, spec in right.items() if name != key})
 
@@ -240,14 +350,20 @@ def test_what_cannot_be_told_is_one_line():
     tiny = specs_of(on_meta(TINY), SPLIT)
     odd = specs_of(on_meta(MMDiTConfig(**asdict(TINY) | {"num_heads": 4, "axes_dim": (4, 6, 6)})), SPLIT)
     for specs, metadata, said in (
-        ({}, {}, "no tensor says in_channels, as img_in.weight would"),
-        (odd, {}, "heads have 16 channels, of which no tensor says axes_dim: pass released_config"),
+        ({}, {}, "no tensor says hidden_size, as img_in.bias would"),
+        (odd, {}, "heads have 16 channels, and no tensor says .*: say axes_dim in NAME.json beside the file"),
         (tiny, {"config": "{"}, "is no JSON"),
         (tiny, {"config": "[" * 100_000}, "is no JSON"),
         (tiny, {"config": "[1]"}, "is no JSON object"),
         (tiny, {"config": '{"theta": "x"}'}, "has theta='x', where a value like 10000 belongs"),
         (tiny, {"config": '{"axes_dim": [4, 14, "14"]}'}, r"has axes_dim=\[4, 14, '14'\], where a value like"),
-        (tiny, {"config": '{"use_liger_rope": 1}'}, "has use_liger_rope=1, where a value like false belongs"),
+        (tiny, {"config": '{"use_liger_rope": 1}'}, "has use_liger_rope=1, where a value like true belongs"),
+        (tiny, {"config": '{"mlp_ratio": NaN}'}, "has mlp_ratio=nan, where a value like 4.0 belongs"),
+        (tiny, {"config": '{"mlp_ratio": 1e999}'}, "has mlp_ratio=inf"),
+        (tiny, {"config": '{"hidden_size": %s}' % ("9" * 400)}, "has hidden_size=9999"),
+        (tiny, {"config": '{"_class_name": "ChromaTransformer2DModel"}'}, "of the class 'Chroma.*', not of FluxTrans"),
+        (tiny, {"config": '{"hidden_size": 0}'}, "has hidden_size=0, which must be positive"),
+        (tiny, {"config": '{"_class_name": 5}'}, "has _class_name=5, where a value like"),
     ):
         with pytest.raises(UserError, match=said) as refusal:
             mmdit_form(specs, metadata)

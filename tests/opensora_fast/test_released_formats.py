@@ -28,6 +28,7 @@ from opensora_fast.released import (
     load_hunyuan_vae_from,
     load_mmdit_from,
     load_released_mmdit,
+    read_weights,
     to_released_state_dict,
 )
 from opensora_fast.released_form import kind_of, mmdit_form, vae_form
@@ -52,7 +53,10 @@ def load(format: str, place: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     if format in TEXT:
         reader, length = (load_t5, 24) if format == "t5" else (load_clip, 77)
         return reader(place, max_length=length, device=CPU, dtype=dtype)
-    files = WeightFiles.open(place)
+    return load_files(format, WeightFiles.open(place), dtype)
+
+
+def load_files(format: str, files: WeightFiles, dtype: torch.dtype = torch.bfloat16) -> Any:
     if format == "flux-ae":
         return FluxAutoencoder.from_released(files, device=CPU, dtype=dtype)
     loaders: dict[str, Callable[..., Any]] = {"hunyuan-vae": load_hunyuan_vae_from, "video-dc-ae": load_dc_ae_from}
@@ -91,11 +95,11 @@ def run(format: str, model: Any) -> torch.Tensor:
         return decoded
 
 
-def written_back(format: str, model: Any, released_checkpoints: Any, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the release as the product, or for text encoders transformers, gives them back."""
+def written_back(format: str, model: Any, released_checkpoints: Any) -> dict[str, torch.Tensor]:
+    """A loaded model's tensors under the names of the release."""
     if format in TEXT:
-        model.model.save_pretrained(folder)
-        return load_file(folder / "model.safetensors")
+        prefix = "text_model." if format == "clip" else ""
+        return {prefix + key.removeprefix(prefix): t for key, t in model.model.named_parameters()}
     if format == "flux-ae":
         return model.released_state_dict()
     form = released_checkpoints.mmdit_config(format) if format in MMDITS else {}
@@ -183,7 +187,7 @@ def test_files_say_what_they_are(format, release, released_checkpoints):
 
 
 @pytest.mark.parametrize("format", [*FILES, *TEXT])
-def test_loaded_run_and_written_back_without_changing_a_bit(format, release, released_checkpoints, tmp_path):
+def test_loaded_run_and_written_back_without_changing_a_bit(format, release, released_checkpoints):
     stored = released_checkpoints.weights(format)
     dtype = torch.float32 if format in ("clip", "flux-ae") else torch.bfloat16
     model = load(format, release(format), dtype)
@@ -192,7 +196,7 @@ def test_loaded_run_and_written_back_without_changing_a_bit(format, release, rel
     assert 1e-2 < outputs.std() < 1e2
     assert (outputs[0] - outputs[1]).norm() > 0.1 * outputs[0].norm()
 
-    back = written_back(format, model, released_checkpoints, tmp_path)
+    back = written_back(format, model, released_checkpoints)
     if format == "clip":  # of which the text model is loaded, and positions are counted, not stored
         stored = {key: t for key, t in stored.items() if key.startswith("text_model.") and "position_ids" not in key}
     assert bits(back) == bits(stored)
@@ -279,11 +283,14 @@ def test_the_command_takes_it_to_diffusers_and_back_without_changing_a_bit(
     assert bits(load_file(back)) == bits(released_checkpoints.weights(format))
 
 
-@pytest.mark.parametrize("format", FILES[:-1])
+@pytest.mark.parametrize("format", [*FILES, *TEXT])
 def test_the_command_writes_the_released_layout_again(format, release, released_checkpoints, tmp_path):
     out, options = tmp_path / "again.safetensors", layout_options(format, released_checkpoints)
+    out = out.with_suffix("") if format in TEXT else out
     assert main(["checkpoint", "export", str(release(format)), "--to", "released", "--out", str(out), *options]) == 0
-    assert bits(load_file(out)) == bits(released_checkpoints.weights(format))
+    assert bits(read_weights(out)) == bits(released_checkpoints.weights(format))
+    if format in TEXT:
+        assert torch.equal(run(format, load(format, out)), run(format, load(format, release(format))))
 
 
 def test_t5_loads_beside_its_decoder_and_from_the_pickle_of_the_first_release(release, released_checkpoints, tmp_path):
@@ -373,6 +380,57 @@ def test_a_tensor_of_another_shape_is_named(format, count, release, released_che
         assert key in refused(lambda place=place: load(format, place)), key
 
 
+@pytest.fixture(scope="module")
+def exported(release, released_checkpoints, tmp_path_factory) -> Callable[[str], WeightFiles]:
+    """exported(format): the checkpoint as the product writes it, which says its configuration; not to be changed."""
+    folder = tmp_path_factory.mktemp("exported")
+
+    def files(format: str) -> WeightFiles:
+        out = folder / f"{format}.safetensors"
+        if not out.exists():
+            command = ["checkpoint", "export", str(release(format)), "--to", "released", "--out", str(out)]
+            assert main([*command, *layout_options(format, released_checkpoints)]) == 0
+        return WeightFiles.open(out)
+
+    return files
+
+
+@pytest.mark.parametrize("count", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("format", FILES[:-1])
+def test_where_weights_say_their_configuration_every_axis_is_checked(format, count, exported):
+    """One row, column, ... more or fewer, of each kind of tensor."""
+    files = exported(format)
+    whole = dict(files.specs)
+    of_kind = {re.sub(r"\d+", "N", key): key for key in whole}
+    for key in spaced(list(of_kind.values()), min(count, len(of_kind))) + [
+        "txt_in.weight",
+        "vector_in.in_layer.weight",
+    ]:
+        for axis, size in enumerate(whole[key].shape if key in whole else ()):
+            for other in {size + 1, max(size - 1, 1)} - {size}:
+                shape = (*whole[key].shape[:axis], other, *whole[key].shape[axis + 1 :])
+                files.specs = whole | {key: whole[key]._replace(shape=shape)}
+                assert key in refused(lambda: load_files(format, files)), (key, axis, other)
+
+
+@pytest.mark.parametrize("format", FILES[:-1])
+def test_where_weights_say_their_configuration_no_last_block_may_be_missing(format, exported):
+    """Nor may that of any stage: the others are a smaller model's, and nothing is missing of it."""
+    files = exported(format)
+    whole = dict(files.specs)
+    rule = r"(.*?(?:double_blocks|single_blocks|down_blocks|up_blocks|stages|op_list|resnets)\.)(\d+)\."
+    lists: dict[str, int] = {}
+    for key in whole:
+        for nested in (rule, r".*" + rule):
+            if match := re.match(nested, key):
+                lists[match[0][: match.end(1)]] = max(int(match[2]), lists.get(match[0][: match.end(1)], 0))
+    assert lists
+    for prefix, last in lists.items():
+        files.specs = {key: spec for key, spec in whole.items() if not key.startswith(f"{prefix}{last}.")}
+        assert len(files.specs) < len(whole)
+        assert prefix.removesuffix(".") in refused(lambda: load_files(format, files)), (prefix, last)
+
+
 @pytest.mark.parametrize("format", [*FILES, *TEXT])
 def test_a_cut_file_is_named(format, release, tmp_path):
     source = release(format) if format in FILES else sorted(release(format).glob("*.safetensors"))[0]
@@ -444,9 +502,7 @@ def test_shards_must_be_whole(format, released_checkpoints, tmp_path):
         released_checkpoints.write_shards(folder, tensors, 2)
         return folder
 
-    assert bits(written_back(format, load(format, shards("whole")), released_checkpoints, tmp_path / "back")) == bits(
-        tensors
-    )
+    assert bits(written_back(format, load(format, shards("whole")), released_checkpoints)) == bits(tensors)
 
     folder = shards("one is away")
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -470,7 +526,9 @@ def test_shards_must_be_whole(format, released_checkpoints, tmp_path):
     value = json.loads(index.read_text())
     value["weight_map"][lost] = "../whole/model-00001-of-00002.safetensors"
     index.write_text(json.dumps(value))
-    refused(lambda: load(format, folder))
+    message = refused(lambda: load(format, folder))
+    assert str(index) in message
+    assert "'../whole/model-00001-of-00002.safetensors'" in message
 
 
 @pytest.mark.parametrize("format", TEXT)

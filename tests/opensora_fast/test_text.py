@@ -1,12 +1,16 @@
 """The text encoders, on the tiny pair that `save_tiny_text_encoders` writes."""
 
+import re
+import shutil
 import sys
 
 import pytest
 import torch
 
+from opensora_fast import streamed_loading
 from opensora_fast.errors import UserError
-from opensora_fast.text import TextEncoders, save_tiny_text_encoders
+from opensora_fast.peak_memory import LiveBytes
+from opensora_fast.text import TextEncoders, cut_notes, load_clip, load_t5, save_tiny_text_encoders
 
 transformers = pytest.importorskip("transformers")
 
@@ -84,6 +88,55 @@ def test_the_seed_makes_the_weights_and_leaves_the_generator_alone(folder, tmp_p
 def test_dtype(folder):
     txt, vec = load(folder, dtype=torch.bfloat16).encode(["rain"])
     assert txt.dtype == vec.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "model_class"), [("t5", "T5EncoderModel"), ("clip", "CLIPTextModel")])
+def test_weights_dtypes_and_buffers_are_those_that_transformers_loads(folder, name, model_class, dtype):
+    expected = getattr(transformers, model_class).from_pretrained(folder / name, dtype=dtype).eval()
+    ours = {"t5": load_t5, "clip": load_clip}[name](folder / name, max_length=40, device="cpu", dtype=dtype).model
+    for tensors in ("named_parameters", "named_buffers"):
+        found, theirs = (dict(getattr(model, tensors)()) for model in (ours, expected))
+        assert found.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert found[key].dtype == tensor.dtype, key
+            assert torch.equal(found[key], tensor), key
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_loading_holds_no_copy_on_the_host(tmp_path, monkeypatch):
+    """The device "meta" stands for one with memory of its own: nothing that is there counts."""
+    monkeypatch.setattr(streamed_loading, "BLOCK_BYTES", 2**14)
+    config = transformers.T5Config(vocab_size=384, d_model=64, d_kv=32, d_ff=1024, num_heads=2, num_layers=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    with LiveBytes() as live:
+        model = load_t5(tmp_path, max_length=8, device="meta", dtype=torch.bfloat16).model
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 2**19
+    assert live.peak <= 4 * 2**14
+
+
+def test_a_prompt_that_is_cut_is_told_once(folder, tmp_path):
+    """The tokenizer of these encoders has a token for each byte, and one behind them."""
+    prompts = ["x" * 20, "y" * 19, "", "é" * 12, "x" * 20]
+    notes = cut_notes(folder / "t5", 20, prompts)
+    assert [re.findall(r"(.)'\.\.\.: has (\d+) tokens, of which T5 reads 20", note) for note in notes] == [
+        [("x", "21")],
+        [("é", "25")],
+    ]
+    assert cut_notes(tmp_path / "nowhere", 20, ["short"]) == []
+    with pytest.raises(UserError, match="nowhere holds no tokenizer") as refusal:
+        cut_notes(tmp_path / "nowhere", 20, ["x" * 30])
+    assert "\n" not in str(refusal.value)
+
+
+def test_shards_of_pickles_are_refused_with_a_way_out(folder, tmp_path):
+    shutil.copytree(folder / "t5", tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    (tmp_path / "t5" / "pytorch_model.bin.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(UserError, match=r"several pytorch_model-\*\.bin, which are not read: .*save_pretrained"):
+        load_t5(tmp_path / "t5", max_length=8, device="cpu", dtype=torch.float32)
 
 
 def test_an_encoder_is_taken_out_of_a_whole_model_without_noise(folder, tmp_path, capfd):

@@ -182,6 +182,7 @@ def test_pickles_of_anything_but_tensors_are_refused(tmp_path):
         "list": [torch.zeros(1)],
         "numbered": {1: torch.zeros(1)},
         "sparse": {"a": torch.eye(3).to_sparse()},
+        "meta": {"a": torch.zeros(3, device="meta")},
     }.items():
         torch.save(content, tmp_path / f"{name}.pt")
         said = "pickled code, which is not run" if name == "code" else "not a flat state dict"

@@ -196,10 +196,10 @@ def test_the_two_autoencoders_are_not_taken_for_each_other(folder: Path, tmp_pat
         run.save(1, tensors, {}, {"name": "ae", "autoencoder": section})
         run.wait()
     assert isinstance(load_autoencoder(section | {"weights": str(run.path)}, CPU, torch.float32), VideoDCAE)
-    with pytest.raises(UserError, match="holds a Video DC-AE and the recipe's autoencoder is a Hunyuan autoencoder"):
+    with pytest.raises(UserError, match="holds a Video DC-AE and the recipe's autoencoder is a Hunyuan VAE"):
         load_autoencoder({"kind": "hunyuan", "weights": str(run.path), "config": {}}, CPU, torch.float32)
     weights = str(folder / "hunyuan_vae.safetensors")
-    with pytest.raises(UserError, match="holds a Hunyuan autoencoder and the recipe's autoencoder is a Video DC-AE"):
+    with pytest.raises(UserError, match="holds a Hunyuan VAE and the recipe's autoencoder is a Video DC-AE"):
         load_autoencoder(section | {"weights": weights}, CPU, torch.float32)
 
 

@@ -4,16 +4,22 @@ and what a stage that follows another refuses.
 The learning rate is zero, so that a step leaves the weights as training began with them.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from opensora_fast import cli
+from opensora_fast import cli, initialisation, streamed_loading
 from opensora_fast.checkpoint_folder import find_checkpoint
+from opensora_fast.config import MMDiTConfig
 from opensora_fast.initialisation import REPORT
+from opensora_fast.mmdit import initialize_parameter
+from opensora_fast.model_folder import autoencoder_layout, find_model
 from opensora_fast.parameter_source import open_parameters, read_parameters
+from opensora_fast.peak_memory import LiveBytes
+from opensora_fast.train.diffusion import initial_model
 from opensora_fast.train.index import index_folder
 from opensora_fast.train.recipes import RECIPES, find_recipe
 from opensora_fast.video_io import write_video
@@ -97,6 +103,14 @@ def test_a_run_that_starts_over_keeps_no_report_of_other_weights(options, tmp_pa
     assert not (tmp_path / REPORT).exists()
 
 
+def test_a_run_with_stand_ins_is_one_to_sample_from(run):
+    """Its autoencoder is untrained and lies in the run; its size is known without its weights."""
+    found = find_model(run)
+    layout = autoencoder_layout(found.autoencoder)
+    assert Path(found.autoencoder["weights"]).is_relative_to(run.resolve())
+    assert layout.latent_channels == found.config.latent_channels
+
+
 def test_another_autoencoder_keeps_the_blocks(run, options, tmp_path, capsys):
     """Tokens of one place in place of four: a quarter of the channels."""
     other = ["--model.in_channels", "16", "--model.patch_size", "1"]
@@ -119,6 +133,39 @@ def test_another_autoencoder_keeps_the_blocks(run, options, tmp_path, capsys):
     assert told.count("\n") == 1
     assert not (tmp_path / "strict" / "recipe.json").exists()
     assert not list((tmp_path / "strict").rglob("*.safetensors"))  # not even the text encoders of the demo
+
+
+def test_weights_go_to_the_device_without_a_copy_on_the_host(flux, released_checkpoints, monkeypatch):
+    """The device "meta" stands for one with memory of its own. New layers are drawn on the CPU, whatever the device."""
+    monkeypatch.setattr(streamed_loading, "BLOCK_BYTES", 2**14)
+    drawn_on = {}
+
+    def noted(name: str, parameter: torch.Tensor) -> None:
+        drawn_on[name] = parameter.device.type
+        initialize_parameter(name, parameter)
+
+    source, form = open_parameters(flux), released_checkpoints.mmdit_config("open-sora-v2")
+    config = MMDiTConfig(**{field.name: form[field.name] for field in dataclasses.fields(MMDiTConfig)})
+    recipe = dataclasses.replace(RECIPES["stage1"](), model=config, new_layers="always")
+    meta = torch.device("meta")
+    monkeypatch.setattr(initialisation, "initialize_parameter", noted)
+    with LiveBytes() as live:
+        model, report = initial_model(recipe, source, meta, resumed=False)
+    assert {parameter.device for parameter in model.parameters()} == {meta}
+    assert drawn_on == dict.fromkeys(report.names("new"), "cpu")
+    assert {name.split(".")[0] for name in drawn_on} == {"img_in", "cond_in", "final_layer"}
+    assert live.peak <= 6 * 2**14 < sum(parameter.nbytes for parameter in model.parameters()) / 10
+
+
+def test_of_a_resumed_run_nothing_is_drawn_or_read(released_checkpoints, monkeypatch):
+    form = released_checkpoints.mmdit_config("open-sora-v2")
+    config = MMDiTConfig(**{field.name: form[field.name] for field in dataclasses.fields(MMDiTConfig)})
+    recipe = dataclasses.replace(RECIPES["stage1"](), model=config)
+    with LiveBytes() as live:
+        model, report = initial_model(recipe, None, torch.device("meta"), resumed=True)
+    assert report is None
+    assert model.config == config
+    assert live.peak == 0
 
 
 def test_a_stage_that_follows_another_takes_only_what_fits(run, flux, options, tmp_path, capsys):

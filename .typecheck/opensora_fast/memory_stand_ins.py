@@ -1,0 +1,1 @@
+../../opensora_fast/memory_stand_ins.py

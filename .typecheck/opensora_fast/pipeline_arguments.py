@@ -1,0 +1,1 @@
+../../opensora_fast/pipeline_arguments.py

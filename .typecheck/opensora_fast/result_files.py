@@ -1,0 +1,1 @@
+../../opensora_fast/result_files.py

@@ -1,0 +1,1 @@
+../../opensora_fast/sample_plan.py

@@ -1,0 +1,1 @@
+../../opensora_fast/shared_streaming.py

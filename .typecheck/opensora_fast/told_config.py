@@ -1,0 +1,1 @@
+../../opensora_fast/told_config.py
