@@ -11,12 +11,12 @@ streamed model gives bit for bit what it gives otherwise; in 8 bits (`fp8_weight
 how much. On the CPU the same happens with plain copies.
 
 `host_model` makes a model whose weights lie where they will be streamed from, for a loader to fill in place, so that
-they are never in host memory twice.
+they are never in host memory twice. Several ranks of a machine have them there once in all (`shared_streaming`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +33,42 @@ from opensora_fast.packed_weights import PackedWeights, Place, weight_places
 from opensora_fast.weight_ring import Unit, WeightRing
 
 Home = Literal["resident", "streamed"]
-_SETTING = "--memory-budget"  # what makes weights be streamed
+SETTING = "--memory-budget"  # what makes weights be streamed
 _GIB = 2**30
+
+
+class PinnedPieces:
+    """Where weights wait on the host: memory pinned for a device, a piece for each block or modulation matrix.
+
+    shared: other processes can map the pieces, by the descriptors that `of` finds.
+    """
+
+    def __init__(self, device: torch.device, *, shared: bool = False) -> None:
+        self._device = device
+        self._shared = shared
+        self._pieces: dict[int, HostMemory] = {}  # the shared ones by address
+
+    def take(self, bytes: int) -> Tensor:
+        """A piece: uint8 [bytes]. Raises UserError when the host has too little memory."""
+        memory = HostMemory(bytes, device=self._device, shared=self._shared, setting=SETTING)
+        if self._shared:
+            self._pieces[memory.address] = memory
+        return memory.tensor
+
+    def of(self, piece: Tensor) -> HostMemory | None:
+        """The shared memory of a piece that was taken; None for other tensors."""
+        return self._pieces.get(piece.data_ptr())
+
+    def take_in(self, weights: PackedWeights) -> Tensor:
+        """The piece in which weights lie, or the one into which they are moved."""
+        stored = weights.memory()
+        if stored is not None and stored.device.type == "cpu":
+            pinned = self._device.type != "cuda" or stored.is_pinned()
+            if pinned and (not self._shared or self.of(stored) is not None):
+                return stored
+        stored = self.take(weights.bytes)
+        weights.pack(stored)
+        return stored
 
 
 def host_model(
@@ -45,6 +79,7 @@ def host_model(
     fp8: bool = False,
     blocks: Home = "streamed",
     modulation: Home = "streamed",
+    pieces: PinnedPieces | None = None,
 ) -> MMDiT:
     """A model without values, whose parameters lie where `stream_blocks` with the same arguments wants them.
 
@@ -55,13 +90,12 @@ def host_model(
     with torch.device("meta"):
         model = MMDiT(config).to(dtype).eval().requires_grad_(False)
     parts = _Parts(model)
-    streamed = ([] if blocks == "resident" or fp8 else parts.blocks) + (
-        [] if modulation == "resident" else parts.modulations
-    )
-    _check_host(sum(part.weights.bytes for part in streamed))
-    for part in streamed:
-        memory = _pinned(part.weights.bytes, device)
-        part.weights.hang(part.weights.views(memory))
+    modulations = [] if modulation == "resident" else parts.modulations
+    on_host = modulations + (parts.blocks if fp8 or blocks == "streamed" else [])
+    check_host(sum(part.weights.bytes for part in on_host))
+    pieces = pieces or PinnedPieces(device)
+    for part in modulations if fp8 else on_host:
+        part.weights.hang(part.weights.views(pieces.take(part.weights.bytes)))
     for place in weight_places(model):
         if place.tensor.is_meta:
             home = torch.device("cpu") if fp8 and parts.in_block(place) else device
@@ -76,6 +110,7 @@ def stream_blocks(
     fp8: bool = False,
     blocks: Home = "streamed",
     modulation: Home = "streamed",
+    pieces: PinnedPieces | None = None,
 ) -> StreamedBlocks:
     """Let `model` run on `device` with little of it there: part by part as the arguments say.
 
@@ -83,35 +118,89 @@ def stream_blocks(
     fp8: the matrices of the blocks (not of the modulation) are kept in 8 bits, wherever they are.
     The model must then be run without gradients. Raises UserError when the host has too little memory.
     """
-    parts = _Parts(model)
     errors = ErrorSum()
-    rings = []
-    block_units = []
-    for part in parts.blocks:
-        if fp8:
-            block_units.append(_in_8_bits(part, device, errors, streamed=blocks == "streamed"))
-        elif blocks == "streamed":
-            block_units.append(_streamed(part, device))
-    if block_units:
-        rings.append(WeightRing(block_units, device, copy_stream(device), wrap=True, copied=blocks == "streamed"))
+    pieces = pieces or PinnedPieces(device)
+
+    def unit(part: _Part, in_8_bits: bool) -> Unit:
+        if in_8_bits:
+            return _in_8_bits(part, device, errors, pieces if blocks == "streamed" else None)
+        return Unit(part.module, part.weights, pieces.take_in(part.weights))
+
+    streamed = _stream(model, device, unit, lambda tensor: tensor.to(device), fp8, blocks, modulation)
+    streamed.fp8_error = errors.total() if fp8 else None
+    return streamed
+
+
+def stream_as_stored(
+    model: MMDiT,
+    device: torch.device,
+    stored: Callable[[int], Tensor],
+    resident: Callable[[Tensor], Tensor],
+    *,
+    fp8: bool = False,
+    blocks: Home = "streamed",
+    modulation: Home = "streamed",
+) -> StreamedBlocks:
+    """`stream_blocks` for a model of the meta device whose weights are stored already, as those of another are.
+
+    `stored(bytes)` gives what the other's `StreamedBlocks.stored` has, one after the other (uint8 [bytes]), and
+    `resident(tensor)` in their order the tensors of its `StreamedBlocks.resident`, each like the one given.
+    """
+
+    def unit(part: _Part, in_8_bits: bool) -> Unit:
+        if in_8_bits:
+            form = part.form()
+            return Unit(part.module, part.weights, stored(form.bytes), form)
+        memory = stored(part.weights.bytes)
+        for i, view in enumerate(part.weights.views(memory)):
+            part.weights.replace(i, view)
+        return Unit(part.module, part.weights, memory)
+
+    return _stream(model, device, unit, resident, fp8, blocks, modulation)
+
+
+def _stream(
+    model: MMDiT,
+    device: torch.device,
+    unit: Callable[[_Part, bool], Unit],
+    resident: Callable[[Tensor], Tensor],
+    fp8: bool,
+    blocks: Home,
+    modulation: Home,
+) -> StreamedBlocks:
+    """Hang rings around the parts, with what `unit` makes of each, and `resident` of all other weights."""
+    parts = _Parts(model)
+    rings, units = [], []
+    if fp8 or blocks == "streamed":
+        units = [unit(part, fp8) for part in parts.blocks]
+        if units:
+            rings.append(WeightRing(units, device, copy_stream(device), wrap=True, copied=blocks == "streamed"))
     if modulation == "streamed" and parts.modulations:
-        units = [_streamed(part, device) for part in parts.modulations]
-        rings.append(WeightRing(units, device, copy_stream(device)))
-    streamed = {place.module for part in parts.blocks for place in part.places} if block_units else set()
+        modulations = [unit(part, False) for part in parts.modulations]
+        rings.append(WeightRing(modulations, device, copy_stream(device)))
+        units = units + modulations
+    streamed = (
+        {place.module for part in parts.blocks for place in part.places} if fp8 or blocks == "streamed" else set()
+    )
     if modulation == "streamed":
         streamed |= {part.module for part in parts.modulations}
-    for place in weight_places(model):
-        if place.module not in streamed:
-            place.hang(_parameter(place.tensor.to(device)))
-    return StreamedBlocks(rings, errors.total() if fp8 else None)
+    others = [place for place in weight_places(model) if place.module not in streamed]
+    for place in others:
+        place.hang(_parameter(resident(place.tensor)))
+    return StreamedBlocks(rings, [unit.stored for unit in units], [place.tensor for place in others])
 
 
 class StreamedBlocks:
-    """A model's weights that come and go. `fp8_error` is None where every weight is exact."""
+    """A model's weights that come and go, as they are `stored`, and those that are `resident` on the device.
 
-    def __init__(self, rings: Sequence[WeightRing], fp8_error: Fp8Error | None) -> None:
+    `fp8_error` is None where every weight is exact.
+    """
+
+    def __init__(self, rings: Sequence[WeightRing], stored: list[Tensor], resident: list[Tensor]) -> None:
         self._rings = rings
-        self.fp8_error = fp8_error
+        self.stored = stored
+        self.resident = resident
+        self.fp8_error: Fp8Error | None = None
 
     def close(self) -> None:
         """Stop, and give up the device memory. May be called again.
@@ -121,6 +210,7 @@ class StreamedBlocks:
         """
         for ring in self._rings:
             ring.close()
+        self.stored, self.resident = [], []
 
 
 @dataclass(frozen=True)
@@ -197,17 +287,8 @@ class _Parts:
         return sum(tensor.nbytes for part in parts for tensor in part.weights.tensors)
 
 
-def _streamed(part: _Part, device: torch.device) -> Unit:
-    """The part in pinned memory, where `host_model` may have put it already."""
-    stored = part.weights.memory()
-    if stored is None or stored.device.type != "cpu" or (device.type == "cuda" and not stored.is_pinned()):
-        stored = _pinned(part.weights.bytes, device)
-        part.weights.pack(stored)
-    return Unit(part.module, part.weights, stored)
-
-
-def _in_8_bits(part: _Part, device: torch.device, errors: ErrorSum, *, streamed: bool) -> Unit:
-    """The part converted on the device, weight by weight; its exact weights are let go."""
+def _in_8_bits(part: _Part, device: torch.device, errors: ErrorSum, pieces: PinnedPieces | None) -> Unit:
+    """The part converted on the device, weight by weight, and kept there or in a piece; exact weights are let go."""
     form = part.form()
     stored = torch.empty(form.bytes, dtype=torch.uint8, device=device)
     for i, weight in enumerate(list(part.weights.tensors)):
@@ -215,22 +296,19 @@ def _in_8_bits(part: _Part, device: torch.device, errors: ErrorSum, *, streamed:
         errors.add(name, *form.store(i, weight.to(device), stored, name=name))
         part.weights.replace(i, _parameter(torch.empty_like(weight, device="meta")))
         del weight
-    if streamed:
-        pinned = _pinned(form.bytes, device)
+    if pieces is not None:
+        pinned = pieces.take(form.bytes)
         pinned.copy_(stored)
         stored = pinned
     return Unit(part.module, part.weights, stored, form)
 
 
-def _pinned(bytes: int, device: torch.device) -> Tensor:
-    return HostMemory(bytes, device=device, setting=_SETTING).tensor
-
-
-def _check_host(bytes: int) -> None:
+def check_host(bytes: int) -> None:
+    """Raise UserError where the host has not so many bytes for weights."""
     available = available_bytes()
     if available is not None and bytes > available:
         raise UserError(
-            f"{_SETTING}: {bytes / _GIB:.1f} GiB of weights would be streamed from host memory, of which "
+            f"{SETTING}: {bytes / _GIB:.1f} GiB of weights would be streamed from host memory, of which "
             f"{available / _GIB:.1f} GiB are free: raise the budget, or free memory"
         )
 

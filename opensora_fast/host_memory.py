@@ -56,16 +56,20 @@ class HostMemory:
         self._hold(memory)
 
     @classmethod
-    def attach(cls, descriptor: int, bytes: int) -> HostMemory:
+    def attach(cls, descriptor: int, bytes: int, *, device: torch.device = _CPU, setting: str = "") -> HostMemory:
         """Map another process's shared memory. `descriptor` stays the caller's, who may close it at once.
 
-        Raises UserError when it is not the descriptor of that much shared memory.
+        A CUDA device pins this mapping for it, whoever else has. Raises UserError when it is not the descriptor of that
+        much shared memory, or the driver does not pin it.
         """
         attached = cls.__new__(cls)
         try:
-            attached._hold(native().HostMemory.attach(descriptor, bytes))
+            memory = native().HostMemory.attach(descriptor, bytes)
         except (OSError, ValueError) as error:
             raise UserError(f"descriptor {descriptor} cannot be mapped as {bytes} bytes of memory ({error})") from error
+        if device.type == "cuda":
+            _register(memory, device, setting)
+        attached._hold(memory)
         return attached
 
     def _hold(self, memory: Any) -> None:

@@ -1,41 +1,42 @@
 """The models of a `ModelFolder` with their weights, where they compute and where they wait.
 
 Without a memory budget all of them are on the device.  With one, `memory_plan` says which wait in host memory; FLUX
-then always does.  Of several ranks the first alone has the text encoders, and all spread the tiles of the autoencoder.
-The transformer comes last: what can go wrong with the others is told first.
+then always does.  Of several ranks the first alone has the text encoders and reads the transformer, for all
+(`shared_streaming`); all spread the tiles of the autoencoder.  The transformer comes last: what can go wrong with the
+others is told first.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from opensora_fast.autoencoder import Autoencoder
-from opensora_fast.block_streaming import host_model, stream_blocks, weight_bytes
+from opensora_fast.block_streaming import PinnedPieces, host_model
 from opensora_fast.checkpoint_folder import load_autoencoder, load_mmdit, load_text_encoders
 from opensora_fast.compiled_blocks import compile_blocks
 from opensora_fast.errors import UserError
-from opensora_fast.flux import FluxImages, flux_files
+from opensora_fast.flux import FluxImages, flux_files, read_autoencoder
 from opensora_fast.memory_plan import choose_memory, parse_bytes
-from opensora_fast.memory_prediction import MemorySettings, SamplingShape, TextNeeds, meta_model
+from opensora_fast.memory_prediction import MemorySettings, PictureNeeds, SamplingShape, TextNeeds
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.model_folder import ModelFolder, autoencoder_layout
 from opensora_fast.parameter_source import open_parameters
 from opensora_fast.phases import Phases
 from opensora_fast.released import load_mmdit_from
-from opensora_fast.sampling_ranks import SamplingRanks
+from opensora_fast.sampling_ranks import SamplingRanks, by_the_first, on_all
 from opensora_fast.sampling_settings import SamplingSettings, output_size
+from opensora_fast.shared_streaming import load_streamed
 from opensora_fast.tensorrt import compile_decoder, compile_text_encoder, require_tensorrt
 from opensora_fast.text import PromptEncoding, SharedTextEncoders
 from opensora_fast.tiling import BatchedTiles
 from opensora_fast.weight_files import WeightFiles
 
-Made = TypeVar("Made")
 Wanted = Sequence[tuple[SamplingSettings, str]]
 """What is going to be made: settings and conditions."""
 
@@ -47,6 +48,8 @@ class LoadOptions:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     memory_budget: str | int | None = None
+    previews: bool = False  # the budget is to allow for decoding a frame between steps
+    flux_resolution: str = "768px"  # of FLUX's pictures, for the budget
     fp8: bool = False
     compile: bool = False
     tensorrt: bool = False
@@ -104,12 +107,14 @@ def load_models(
         return phases.autoencoder(autoencoder) if away else autoencoder
 
     text = load_text() if ranks is None else SharedTextEncoders.load(load_text, ranks)
-    autoencoder = _on_all(ranks, load_autoencoder_part)
+    autoencoder = on_all(ranks, load_autoencoder_part)
     flux = None
     if (folder := parts.flux) is not None:
-        away = memory.settings is not None
-        flux = _on_all(ranks, lambda: _load_flux(folder, text, phases, device, dtype, away=away))
-    model, notes = _on_all(ranks, lambda: _load_transformer(parts, memory.settings, device, dtype))
+        if options.memory_budget is not None:
+            flux = _flux_while_used(folder, text, phases, device, dtype, ranks)
+        else:
+            flux = on_all(ranks, lambda: FluxImages.from_folder(folder, text=text, device=device, dtype=dtype))
+    model, notes = _load_transformer(parts, settings, device, dtype, ranks)
     if options.compile:
         compile_blocks(model)
     return LoadedModels(
@@ -127,7 +132,7 @@ def choose(parts: ModelFolder, options: LoadOptions, wanted: Wanted) -> MemoryCh
 
     Raises UserError for options that do not go together, for a budget that is no number of bytes or too small.
     """
-    _, dtype = _place(options, None)
+    device, dtype = _place(options, None)
     if options.tensorrt:
         if options.memory_budget is not None:
             raise UserError("--tensorrt with --memory-budget: engines keep weights of their own; drop one of the two")
@@ -135,42 +140,13 @@ def choose(parts: ModelFolder, options: LoadOptions, wanted: Wanted) -> MemoryCh
     if options.memory_budget is None:
         choice = MemoryChoice(MemorySettings(fp8=True)) if options.fp8 else MemoryChoice()
     else:
-        choice = _planned(parts, parse_bytes(options.memory_budget), dtype, wanted, fp8=options.fp8)
+        choice = _planned(parts, options, parse_bytes(options.memory_budget), device, dtype, wanted)
     if options.compile and choice.settings and (choice.settings.fp8 or choice.settings.blocks == "streamed"):
         raise UserError(
             "--compile: blocks whose weights are streamed or in 8 bits run as they are; drop --compile, or raise the "
             "memory budget and drop --fp8"
         )
     return choice
-
-
-def by_the_first(ranks: SamplingRanks | None, act: Callable[[], Made]) -> Made:
-    """What `act` gives on the first rank, on all of them; its UserError too."""
-    if ranks is None:
-        return act()
-    result: Made | None = None
-    failure = None
-    if ranks.rank == 0:
-        try:
-            result = act()
-        except UserError as error:
-            failure = error
-    ranks.agree(failure)
-    return ranks.share(result)
-
-
-def _on_all(ranks: SamplingRanks | None, act: Callable[[], Made]) -> Made:
-    """What `act` gives on each rank; where one raises a UserError, all do."""
-    if ranks is None:
-        return act()
-    results: list[Made] = []
-    failure = None
-    try:
-        results.append(act())
-    except UserError as error:
-        failure = error
-    ranks.agree(failure)
-    return results[0]
 
 
 def _place(options: LoadOptions, ranks: SamplingRanks | None) -> tuple[torch.device, torch.dtype]:
@@ -181,8 +157,10 @@ def _place(options: LoadOptions, ranks: SamplingRanks | None) -> tuple[torch.dev
     return device, options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
-def _planned(parts: ModelFolder, budget: int, dtype: torch.dtype, wanted: Wanted, *, fp8: bool) -> MemoryChoice:
-    """The fastest settings that fit; what FLUX keeps on the device is taken off the budget first."""
+def _planned(
+    parts: ModelFolder, options: LoadOptions, budget: int, device: torch.device, dtype: torch.dtype, wanted: Wanted
+) -> MemoryChoice:
+    """The fastest settings that fit."""
     tokens = parts.text["max_length_t5"]
     needs = TextNeeds.of_folders(
         Path(parts.text["t5"]),
@@ -192,20 +170,26 @@ def _planned(parts: ModelFolder, budget: int, dtype: torch.dtype, wanted: Wanted
         max_length_t5=tokens,
         max_length_clip=parts.text["max_length_clip"],
     )
-    flux_bytes = 0
+    picture = None
     if parts.flux is not None:
-        config: Any = open_parameters(flux_files(parts.flux)[0]).config
-        flux_bytes = weight_bytes(meta_model(config, dtype)).resident
-        if flux_bytes >= budget:
-            raise UserError(f"memory budget of {budget} bytes: FLUX alone keeps {flux_bytes}; raise it, or drop --flux")
+        steps = max(settings.steps for settings, _ in wanted)
+        picture = PictureNeeds.of_folder(
+            parts.flux, dtype, resolution=options.flux_resolution, steps=steps, text_tokens=tokens
+        )
+    shapes = [
+        SamplingShape(settings=settings, condition=name, text_tokens=tokens, previews=options.previews)
+        for settings, name in wanted
+    ]
     plan = choose_memory(
-        budget - flux_bytes,
+        budget,
         parts.config,
         autoencoder_layout(parts.autoencoder).to(dtype),
         needs,
-        _largest([SamplingShape(settings=settings, condition=name, text_tokens=tokens) for settings, name in wanted]),
+        _largest(shapes),
         dtype,
-        fp8=fp8,
+        fp8=options.fp8,
+        picture=picture,
+        on_gpu=device.type == "cuda",
     )
     return MemoryChoice(plan.settings, (f"memory: {plan.reason}",))
 
@@ -228,36 +212,45 @@ def _limit(budget: int, device: torch.device) -> None:
 
 
 def _load_transformer(
-    parts: ModelFolder, settings: MemorySettings | None, device: torch.device, dtype: torch.dtype
+    parts: ModelFolder,
+    settings: MemorySettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: SamplingRanks | None,
 ) -> tuple[MMDiT, tuple[str, ...]]:
     """The transformer, and what is to be told of it."""
-    if settings is None:
-        return _read_transformer(parts, device, dtype), ()
     arguments = settings.stream_arguments()
-    if parts.is_run:
-        model = load_mmdit(parts.path, parts.weights, torch.device("cpu"), dtype)
-    else:
-        model = host_model(parts.config, dtype, device, **arguments)
-        load_mmdit_from(WeightFiles.open(parts.path), into=model)
-    streamed = stream_blocks(model, device, **arguments)
-    return model, () if streamed.fp8_error is None else (f"8-bit weights: {streamed.fp8_error}",)
+    streams = settings.fp8 or "streamed" in arguments.values()
+
+    def load(pieces: PinnedPieces) -> MMDiT:
+        if parts.is_run:
+            return load_mmdit(parts.path, parts.weights, torch.device("cpu") if streams else device, dtype)
+        model = host_model(parts.config, dtype, device, pieces=pieces, **arguments)
+        return load_mmdit_from(WeightFiles.open(parts.path), into=model)
+
+    model, fp8_error = load_streamed(load, parts.config, dtype, device, ranks, **arguments)
+    return model, () if fp8_error is None else (f"8-bit weights: {fp8_error}",)
 
 
-def _read_transformer(parts: ModelFolder, device: torch.device, dtype: torch.dtype) -> MMDiT:
-    if parts.is_run:
-        return load_mmdit(parts.path, parts.weights, device, dtype)
-    return load_mmdit_from(WeightFiles.open(parts.path), device=device, dtype=dtype)
-
-
-def _load_flux(
-    folder: Path, text: PromptEncoding, phases: Phases, device: torch.device, dtype: torch.dtype, *, away: bool
+def _flux_while_used(
+    folder: Path,
+    text: PromptEncoding,
+    phases: Phases,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: SamplingRanks | None,
 ) -> FluxImages:
-    if not away:
-        return FluxImages.from_folder(folder, text=text, device=device, dtype=dtype)
-    flux = FluxImages.from_folder(folder, text=text, device="cpu", dtype=dtype)
-    stream_blocks(flux.model, device)
-    autoencoder: Any = phases.autoencoder(flux.autoencoder)  # type: ignore[arg-type]  # decodes images, not videos
-    return FluxImages(flux.model, autoencoder, text)
+    """FLUX with its blocks streamed, and its autoencoder on the device while it is used."""
+    transformer, small = flux_files(folder)
+    autoencoder = on_all(ranks, lambda: read_autoencoder(small, device="cpu", dtype=dtype))
+    config: Any = open_parameters(transformer).config
+
+    def load(pieces: PinnedPieces) -> MMDiT:
+        return load_mmdit_from(WeightFiles.open(transformer), into=host_model(config, dtype, device, pieces=pieces))
+
+    model, _ = load_streamed(load, config, dtype, device, ranks)
+    away: Any = phases.autoencoder(autoencoder)  # type: ignore[arg-type]  # decodes images, not videos
+    return FluxImages(model, away, text)
 
 
 def _most_pixels(parts: ModelFolder, autoencoder: Autoencoder, wanted: Wanted) -> int:

@@ -24,6 +24,7 @@ from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.memory_prediction import (
     MemorySettings,
+    PictureNeeds,
     SamplingShape,
     TextNeeds,
     activation_bytes,
@@ -69,14 +70,14 @@ def parse_bytes(text: str | int) -> int:
     return bytes
 
 
-def usable_bytes(budget: int) -> int:
+def usable_bytes(budget: int, *, on_gpu: bool = True) -> int:
     """What of a budget tensors may take."""
-    return max(0, math.floor(budget * (1 - _GAPS)) - _CONTEXT)
+    return max(0, math.floor(budget * (1 - _GAPS)) - on_gpu * _CONTEXT)
 
 
-def budget_for(tensor_bytes: int) -> int:
+def budget_for(tensor_bytes: int, *, on_gpu: bool = True) -> int:
     """The least budget, in whole MiB, of which tensors may take so much."""
-    return math.ceil((tensor_bytes + _CONTEXT) / (1 - _GAPS) / 2**20) * 2**20
+    return math.ceil((tensor_bytes + on_gpu * _CONTEXT) / (1 - _GAPS) / 2**20) * 2**20
 
 
 def choose_memory(
@@ -88,12 +89,15 @@ def choose_memory(
     dtype: torch.dtype,
     *,
     fp8: bool = False,
+    picture: PictureNeeds | None = None,
+    on_gpu: bool = True,
 ) -> MemoryPlan:
-    """The fastest settings with which each of `shapes` fits `budget` bytes of GPU memory.
+    """The fastest settings with which each of `shapes` fits `budget` bytes of the device's memory.
 
-    `autoencoder` (a module; it may be on the meta device) is in the dtype that it will have. A plan's prediction is
-    the largest over the shapes, phase by phase. Raises UserError naming the smallest budget that would do when none
-    fits, and where `sample` does for such a request.
+    `autoencoder` (a module; it may be on the meta device) is in the dtype that it will have. `picture`: what FLUX
+    takes where it makes the first frame; its weights wait on the host in any setting. A plan's prediction is the
+    largest over the shapes, phase by phase. Raises UserError naming the smallest budget that would do when none fits,
+    and where `sample` does for such a request.
     """
     largest: dict[str, int] = {}
     steps = 1
@@ -104,19 +108,20 @@ def choose_memory(
     model = meta_model(model_config, dtype)
     candidates = []
     for settings in every_setting(fp8=fp8):
-        predicted = add_weights(largest, model, autoencoder, text, settings)
+        predicted = add_weights(largest, model, autoencoder, text, settings, picture)
         copied = copied_bytes(settings, model, module_bytes(autoencoder), text.weights, steps)
         candidates.append((copied, MemoryPlan(budget, settings, predicted, "")))
     candidates.sort(key=lambda candidate: (candidate[0], candidate[1].peak))
-    usable = usable_bytes(budget)
+    usable = usable_bytes(budget, on_gpu=on_gpu)
     for i, (copied, plan) in enumerate(candidates):
         if plan.peak <= usable:
             faster = [other for _, other in candidates[:i]]
-            return replace(plan, reason=_reason(plan, copied, faster))
+            return replace(plan, reason=_reason(plan, copied, faster, on_gpu))
     least = min((plan for _, plan in candidates), key=lambda plan: plan.peak)
+    needed = _gib(budget_for(least.peak, on_gpu=on_gpu))
     raise UserError(
-        f"memory budget {_gib(budget)}: the request needs {_gib(budget_for(least.peak))} at least, for {_phase(least)} "
-        f"with {least.settings}: raise the budget, or ask for fewer frames or a lower resolution"
+        f"memory budget {_gib(budget)}: the request needs {needed} at least, for {_phase(least)} with "
+        f"{least.settings}: raise the budget, or ask for fewer frames or a lower resolution"
     )
 
 
@@ -144,13 +149,13 @@ def copied_bytes(settings: MemorySettings, model: MMDiT, autoencoder_bytes: int,
     return copied
 
 
-def _reason(plan: MemoryPlan, copied: int, faster: list[MemoryPlan]) -> str:
+def _reason(plan: MemoryPlan, copied: int, faster: list[MemoryPlan], on_gpu: bool) -> str:
     parts = [f"{plan.settings}: {_gib(plan.peak)} at most, in {_phase(plan)}, of {_gib(plan.budget)}"]
     if copied:
         parts.append(f"{_gib(copied)} of weights copied per video")
     if faster:
         next_best = min(faster, key=lambda other: other.peak)
-        parts.append(f"what copies less needs a budget of {_gib(budget_for(next_best.peak))}")
+        parts.append(f"what copies less needs a budget of {_gib(budget_for(next_best.peak, on_gpu=on_gpu))}")
     return "; ".join(parts)
 
 

@@ -1,8 +1,10 @@
 """How much GPU memory a request will take in each of its phases, known before any weights are read.
 
     text      prompts to vectors           weights at hand + the encoders' own needs
+    picture   FLUX's, where there is one   weights at hand + its own steps and decoding
     encode    given images to latents      weights at hand + pixels, tiles and latents
-    denoise   the steps                    weights at hand + modulation of all steps + one model call of all passes
+    denoise   the steps                    weights at hand + modulation of all steps + one model call of all passes, or
+                                           a preview and the autoencoder
     decode    latent to video              weights at hand + latents, tiles and the video
 
 The activations are counted (`peak_memory`) while the real `sampling.sample` runs on tensors without data, for two steps
@@ -15,9 +17,7 @@ Shapes   B videos, C channels, F pixel frames, T latent frames, H, W pixels or l
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -25,26 +25,34 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map
 
-from opensora_fast.autoencoder import Autoencoder
 from opensora_fast.block_streaming import Home, weight_bytes
 from opensora_fast.conditions import reference_frames
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
-from opensora_fast.mmdit import MMDiT, Modulation
+from opensora_fast.flux import FluxImages, flux_files
+from opensora_fast.flux_autoencoder import FluxAutoencoder, diffusers_config, released_config
+from opensora_fast.memory_stand_ins import (
+    STEPS,
+    DatalessModel,
+    DatalessText,
+    Laps,
+    PhasedAutoencoder,
+    tiles_as_predicted,
+    without_data,
+)
+from opensora_fast.mmdit import MMDiT
 from opensora_fast.packed_weights import weight_places
+from opensora_fast.parameter_source import open_parameters
 from opensora_fast.peak_memory import LiveBytes
+from opensora_fast.resolutions import ASPECT_RATIOS
 from opensora_fast.sampling import sample
 from opensora_fast.sampling_settings import SamplingSettings, output_size
-from opensora_fast.tiling import BatchedTiles, Network
+from opensora_fast.weight_files import WeightFiles
 
 PHASES = ("text", "encode", "denoise", "decode")
-_STEPS = 2  # that are run: the second has everything that later ones have
 
 Stay = Literal["resident", "while_used"]
-Fake = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +84,7 @@ class SamplingShape:
     condition: str = "t2v"
     videos: int = 1
     text_tokens: int = 512
+    previews: bool = False  # one latent frame is decoded between steps
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class TextNeeds:
         """Of transformers' models, which may be on the meta device, in the dtype that they will have."""
         work = []
         for model, length in ((t5, max_length_t5), (clip, max_length_clip)):
-            with _without_data(model) as fake, torch.no_grad(), LiveBytes() as live:
+            with without_data(model) as fake, torch.no_grad(), LiveBytes() as live:
                 model(input_ids=fake(torch.zeros(videos, length, dtype=torch.int64)))
             work.append(live.peak)
         return cls(module_bytes(t5) + module_bytes(clip), max(work))
@@ -122,6 +131,59 @@ class TextNeeds:
         return cls.of(*models, videos=videos, max_length_t5=max_length_t5, max_length_clip=max_length_clip)
 
 
+@dataclass(frozen=True)
+class PictureNeeds:
+    """Bytes of FLUX where its blocks are streamed and its autoencoder waits on the host: those of its weights that stay
+    on the device, and what making a picture takes beside them."""
+
+    resident: int
+    work: int
+
+    @classmethod
+    def of(
+        cls,
+        config: MMDiTConfig,
+        autoencoder: FluxAutoencoder,
+        dtype: torch.dtype,
+        *,
+        resolution: str,
+        steps: int,
+        text_tokens: int,
+    ) -> PictureNeeds:
+        """Of one picture of the resolution, in the aspect ratio that takes most. `autoencoder`: in the dtype that it
+        will have, maybe on the meta device. Raises UserError where `FluxImages` does.
+        """
+        model, few = meta_model(config, dtype), meta_model(_few_blocks(config), dtype)
+        weights = weight_bytes(model)
+        with without_data(nn.ModuleList([model, few, autoencoder])) as fake, LiveBytes() as live:
+            with live.paused():
+                like = fake(torch.empty((), dtype=dtype))
+            laps = Laps(live)
+            flux = FluxImages(
+                DatalessModel(model, few, steps, fake, laps),  # type: ignore[arg-type]  # what FluxImages asks of it
+                PhasedAutoencoder(autoencoder, laps),  # type: ignore[arg-type]
+                DatalessText(config, text_tokens, like),
+            )
+            ratio = max(ASPECT_RATIOS, key=lambda ratio: math.prod(flux.size(resolution, ratio)))
+            flux.image([""], resolution=resolution, aspect_ratio=ratio, steps=min(steps, STEPS))
+            laps.end("decode")
+        peaks = laps.peaks
+        decode = peaks["decode"] + module_bytes(autoencoder)
+        return cls(weights.resident, max(peaks["modulation"] + weights.modulating, peaks["denoise"], decode))
+
+    @classmethod
+    def of_folder(
+        cls, folder: Path, dtype: torch.dtype, *, resolution: str, steps: int, text_tokens: int
+    ) -> PictureNeeds:
+        """Of a FLUX folder, of which no weights are read. Raises UserError naming what is missing or of no FLUX."""
+        transformer, autoencoder = flux_files(folder)
+        config: Any = open_parameters(transformer).config
+        of = diffusers_config(autoencoder) if autoencoder.is_dir() else released_config(WeightFiles.open(autoencoder))
+        with torch.device("meta"):
+            layout = FluxAutoencoder(of).to(dtype).eval().requires_grad_(False)
+        return cls.of(config, layout, dtype, resolution=resolution, steps=steps, text_tokens=text_tokens)
+
+
 def predict(
     model_config: MMDiTConfig,
     autoencoder: nn.Module,
@@ -139,38 +201,47 @@ def predict(
 
 
 def add_weights(
-    activations: dict[str, int], model: MMDiT, autoencoder: nn.Module, text: TextNeeds, settings: MemorySettings
+    activations: dict[str, int],
+    model: MMDiT,
+    autoencoder: nn.Module,
+    text: TextNeeds,
+    settings: MemorySettings,
+    picture: PictureNeeds | None = None,
 ) -> dict[str, int]:
-    """What `predict` gives, from `activation_bytes` for the settings' tile_batch and the model on the meta device."""
+    """What `predict` gives, from `activation_bytes` for the settings' tile_batch and the model on the meta device.
+
+    With a `picture` there is a phase of that name, and what FLUX keeps on the device is in all of them.
+    """
     weights = weight_bytes(model, **settings.stream_arguments())
-    bytes = dict.fromkeys(PHASES, weights.resident)
-    for phase in PHASES:
+    resident = weights.resident
+    work = {phase: activations[phase] for phase in PHASES}
+    if picture is not None:
+        resident += picture.resident
+        work["picture"] = picture.work
+    away = settings.autoencoder == "while_used"
+    if activations["preview"]:
+        preview = activations["preview"] + away * module_bytes(autoencoder)
+        work["denoise"] = max(work["denoise"], preview)
+    work["denoise"] = max(work["denoise"], activations["modulation"] + weights.modulating)
+    work["text"] += text.work
+    for phase in work:
+        work[phase] += resident
         if settings.text == "resident" or phase == "text":
-            bytes[phase] += text.weights
-        if settings.autoencoder == "resident" or phase in ("encode", "decode"):
-            bytes[phase] += module_bytes(autoencoder)
-    work = activations | {
-        "text": activations["text"] + text.work,
-        "denoise": max(activations["denoise"], activations["modulation"] + weights.modulating),
-    }
-    return {phase: bytes[phase] + work[phase] for phase in PHASES}
+            work[phase] += text.weights
+        if not away or phase in ("encode", "decode"):
+            work[phase] += module_bytes(autoencoder)
+    return work
 
 
 def activation_bytes(
     model_config: MMDiTConfig, autoencoder: Any, shape: SamplingShape, dtype: torch.dtype, *, tile_batch: int = 1
 ) -> dict[str, int]:
-    """The peak of what is not weights: in each phase but the encoders' own in "text", and in "modulation", in which
-    the modulation of all steps is computed."""
-    model = meta_model(model_config, dtype)
+    """The peak of what is not weights: in each phase but the encoders' own in "text", in "modulation", in which the
+    modulation of all steps is computed, and in "preview" (0 without)."""
+    model, few = meta_model(model_config, dtype), meta_model(_few_blocks(model_config), dtype)
     settings = shape.settings
-    few = meta_model(
-        replace(
-            model_config, depth=min(model_config.depth, 2), depth_single_blocks=min(model_config.depth_single_blocks, 2)
-        ),
-        dtype,
-    )
     parts = nn.ModuleList([model, few, autoencoder])
-    with _without_data(parts) as fake, _tiles_as_predicted(autoencoder, tile_batch):
+    with without_data(parts) as fake, tiles_as_predicted(autoencoder, tile_batch):
         size = output_size(model_config, autoencoder, settings, shape.condition)
         pixels = [
             fake(torch.empty(shape.videos, 3, frames, *size)) if frames else None
@@ -180,19 +251,30 @@ def activation_bytes(
             live.hold(each for each in pixels if each is not None)
             with live.paused():
                 like = fake(torch.empty((), dtype=dtype))
-            laps = _Laps(live)
+            laps = Laps(live)
+
+            def preview(step: int, latent_BCTHW: Tensor) -> None:
+                laps.end("denoise")
+                autoencoder.decode(latent_BCTHW[:, :, :1])
+                laps.end("preview")
+
             sample(
-                _Model(model, few, settings.steps, fake, laps),  # type: ignore[arg-type]  # what sample asks of a model
-                _Autoencoder(autoencoder, laps),
-                _Text(model_config, shape.text_tokens, like),
+                DatalessModel(model, few, settings.steps, fake, laps),  # type: ignore[arg-type]  # what sample asks of a model
+                PhasedAutoencoder(autoencoder, laps),
+                DatalessText(model_config, shape.text_tokens, like),
                 [""] * shape.videos,
-                replace(settings, steps=min(settings.steps, _STEPS)),
+                replace(settings, steps=min(settings.steps, STEPS)),
                 condition=shape.condition,
                 head_BCFHW=pixels[0],
                 tail_BCFHW=pixels[1],
+                on_latent=preview if shape.previews else None,
             )
             laps.end("decode")
-    return laps.peaks
+    return {name: laps.peaks[name] for name in (*PHASES, "modulation", "preview")}
+
+
+def _few_blocks(config: MMDiTConfig) -> MMDiTConfig:
+    return replace(config, depth=min(config.depth, 2), depth_single_blocks=min(config.depth_single_blocks, 2))
 
 
 def meta_model(config: MMDiTConfig, dtype: torch.dtype) -> MMDiT:
@@ -204,134 +286,3 @@ def meta_model(config: MMDiTConfig, dtype: torch.dtype) -> MMDiT:
 def module_bytes(module: nn.Module) -> int:
     """Bytes of its parameters and buffers; what several places share counts once."""
     return sum({id(place.tensor): place.tensor.nbytes for place in weight_places(module)}.values())
-
-
-class _Laps:
-    """The peak of every stretch of a run."""
-
-    def __init__(self, live: LiveBytes) -> None:
-        self.live = live
-        self.peaks = dict.fromkeys((*PHASES, "modulation"), 0)
-
-    def end(self, name: str) -> None:
-        self.peaks[name] = max(self.peaks[name], self.live.peak)
-        self.live.peak = self.live.now
-
-
-class _Text:
-    """Embeddings of prompts, without data."""
-
-    def __init__(self, config: MMDiTConfig, tokens: int, like: Tensor) -> None:
-        self._config = config
-        self._tokens = tokens
-        self._like = like
-
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        B, config = len(prompts), self._config
-        txt_BLD = self._like.new_empty(B, self._tokens, config.context_in_dim)
-        return txt_BLD, self._like.new_empty(B, config.vec_in_dim)
-
-    def null(self) -> tuple[Tensor, Tensor]:
-        return self.encode([""])
-
-
-class _Model:
-    """The transformer without data: the modulation of all steps and blocks, and few blocks, for none keeps anything."""
-
-    def __init__(self, model: MMDiT, few_blocks: MMDiT, steps: int, fake: Fake, laps: _Laps) -> None:
-        self._model = model
-        self._few_blocks = few_blocks
-        self._repeats = -(-steps // _STEPS)
-        self._fake = fake
-        self._laps = laps
-        self.config = model.config
-        self.device = torch.device("cpu")
-        self.dtype = model.dtype
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        args, kwargs = self._without_data((args, kwargs))
-        return self._few_blocks(*args, **kwargs)
-
-    def modulation(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None = None) -> Modulation:
-        self._laps.end("encode")
-        times_R, vectors_RD = self._without_data((timesteps, y_vec))
-        modulation = self._model.modulation(times_R.repeat(self._repeats), vectors_RD.repeat(self._repeats, 1))
-        self._laps.end("modulation")
-        return modulation
-
-    def _without_data(self, tree: Any) -> Any:
-        """The same with tensors that have no data; those with data go on to count in their place."""
-        with self._laps.live.paused():
-            return tree_map(lambda leaf: self._fake(leaf) if isinstance(leaf, Tensor) else leaf, tree)
-
-
-class _Autoencoder:
-    """The autoencoder, which says when the steps are over."""
-
-    def __init__(self, autoencoder: Autoencoder, laps: _Laps) -> None:
-        self._autoencoder = autoencoder
-        self._laps = laps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._autoencoder, name)
-
-    def decode(self, latent_BCTHW: Tensor) -> Tensor:
-        self._laps.end("denoise")
-        return self._autoencoder.decode(latent_BCTHW)
-
-
-class _EndsOfBatches:
-    """A `TileRunner` that runs, of the calls of each size, the first and the last: between them nothing else happens
-    than that one more result is there."""
-
-    def __init__(self, batch: int) -> None:
-        self._batched = BatchedTiles(batch)
-
-    def __call__(self, apply: Network, tiles: list[Tensor]) -> list[Tensor]:
-        calls = Counter[torch.Size]()
-        self._batched(lambda x: calls.update([x.shape]) or x, tiles)
-        done = Counter[torch.Size]()
-        results: dict[torch.Size, Tensor] = {}
-
-        def run(x: Tensor) -> Tensor:
-            done[x.shape] += 1
-            if done[x.shape] in (1, calls[x.shape]):
-                results[x.shape] = apply(x)
-                return results[x.shape]
-            return torch.empty_like(results[x.shape])
-
-        return self._batched(run, tiles)
-
-
-@contextmanager
-def _without_data(module: nn.Module) -> Iterator[Fake]:
-    """The module meanwhile has weights of the same sizes on the CPU, but without data. Yields what makes such tensors
-    of others; of tensors that are so already, themselves."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def fake(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
-            return tensor
-        with mode:
-            return torch.empty_like(tensor, device="cpu")
-
-    places = list(weight_places(module))
-    weights = [place.tensor for place in places]
-    try:
-        for place, weight in zip(places, weights, strict=True):
-            empty = fake(weight)
-            place.hang(nn.Parameter(empty, requires_grad=False) if isinstance(weight, nn.Parameter) else empty)
-        yield fake
-    finally:
-        for place, weight in zip(places, weights, strict=True):
-            place.hang(weight)
-
-
-@contextmanager
-def _tiles_as_predicted(autoencoder: Any, batch: int) -> Iterator[None]:
-    runner = autoencoder.run_tiles
-    autoencoder.run_tiles = _EndsOfBatches(batch)
-    try:
-        yield
-    finally:
-        autoencoder.run_tiles = runner

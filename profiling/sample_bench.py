@@ -2,8 +2,8 @@
 
 Where a GPU is, its rows are measured: the real models of the released sizes with random weights, through the sampler's
 own functions. Under torchrun all ranks measure together. Steps with equally many passes of guidance take equally long,
-so that of each number a few are timed and stand for the rest; a row says how many. Everywhere else a row is modelled
-(`sample_model`), and says so and by what.
+so that of each number a few are timed and stand for the rest; a row says how many, and how many steps of each number
+there are. Everywhere else a row is modelled (`sample_model`), and says so and by what.
 
     opensora-fast bench sample [--model open-sora-v2] [--resolutions 256px 768px] [--gpus 1 8] [--out rows.jsonl]
     torchrun --nproc-per-node 8 -m opensora_fast.cli bench sample --out rows.jsonl
@@ -11,6 +11,7 @@ so that of each number a few are timed and stand for the rest; a row says how ma
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
     models = MODELS.get(options.model)
     frames = options.frames or (models.frames if models else 1)
     if options.timed_steps < 1:
-        raise UserError(f"--timed_steps {options.timed_steps}: must be at least 1")
+        raise UserError(f"--timed-steps {options.timed_steps}: must be at least 1")
     with joined() as ranks:
         device = _device(options.device, ranks)
         measured = [ranks.size if ranks else 1] if device is not None else []
@@ -74,7 +75,10 @@ def _parser() -> Parser:
         "--device", choices=("auto", "cuda", "cpu", "none"), default="auto", help="to measure on; auto: a GPU, or none"
     )
     parser.add_argument(
-        "--timed_steps", type=int, default=14, help="measure so many steps of a video, after one that warms up (14)"
+        "--timed-steps",
+        type=int,
+        default=3,
+        help="measure so many steps of each number of passes, after one that warms up (%(default)s)",
     )
     parser.add_argument("--out", type=Path, help="append the rows to this JSONL file")
     return parser
@@ -144,7 +148,9 @@ def rows(results: Sequence[Result], machine: Machine, device: torch.device | Non
             told = {"status": "modelled", "reason": sample_model.BY, "device": H200.name, "seconds": total}
             of = _without_figures(of) | phases | told
         else:
-            of |= phases | {"timed_steps": result.timed_steps, "passes": sum(case.passes())}
+            kinds = Counter(case.passes())
+            steps = {str(passes): steps for passes, steps in sorted(kinds.items())}
+            of |= phases | {"timed_steps": dict.fromkeys(steps, result.timed_steps), "steps": steps}
             if case.target is not None:
                 claim = Claim(name=f"seconds of {case}", value=total or 0.0, aim=case.target, at_most=True, unit="s")
                 of = with_claims(of, [claim])
@@ -160,7 +166,8 @@ def _without_figures(of: Row) -> Row:
 def _kind(result: Result) -> str:
     if result.timed_steps is None:
         return "modelled"
-    return f"measured, {result.timed_steps} of {result.case.steps} steps"
+    kinds = len(set(result.case.passes()))
+    return f"measured, {kinds} x {result.timed_steps} of {result.case.steps} steps"
 
 
 def _reasons(result: Result) -> str:

@@ -187,7 +187,10 @@ class SampleCase:
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds of a case by phase; `timed_steps` None: modelled. A phase that has no figure is why in `missing`."""
+    """Seconds of a case by phase; a phase that has no figure is why in `missing`.
+
+    `timed_steps` of each number of passes were measured; None: modelled.
+    """
 
     case: SampleCase
     seconds: dict[str, float]

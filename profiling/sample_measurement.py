@@ -1,15 +1,17 @@
 """Seconds of a video by phase, measured: the real models of a case with random weights, one phase after the other.
 
-A step of denoising waits for the device at its end. Steps with equally many passes of guidance take equally long, so
-that of each number a few are timed and stand for the rest.
+The steps of a video are of as many kinds as guidance has numbers of passes, here 1 and 2. Those of a kind take equally
+long, so that of each a few are timed, after one that warms up, and stand for all; each waits for the device at its end.
+The modulation of all steps is timed as a whole.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,13 +20,10 @@ from torch import Tensor, nn
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
 from opensora_fast.mmdit import MMDiT
+from opensora_fast.modulation_schedule import ModulationSchedule
 from opensora_fast.profiling.sample_cases import Result, SampleCase, TextSizes
 from opensora_fast.sampling import denoise
 from opensora_fast.sampling_ranks import SamplingRanks
-
-
-class _Enough(Exception):
-    """So many steps were timed."""
 
 
 class Measurement:
@@ -36,9 +35,11 @@ class Measurement:
         self._dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def result(self, case: SampleCase, timed_steps: int) -> Result:
-        """Each phase by itself, its models alone on the device; a phase whose package is missing is told."""
+        """Each phase by itself, its models alone on the device; a phase whose package is missing is told.
+
+        `timed_steps` are those of each kind.
+        """
         seconds, missing = {}, {}
-        timed_steps = min(timed_steps, case.steps - 1) or 1
         phases: dict[str, Callable[[], float]] = {
             "text": lambda: self.text_seconds(case),
             "denoise": lambda: self.denoise_seconds(case, timed_steps),
@@ -70,52 +71,55 @@ class Measurement:
         encode()
         return self._seconds(encode)
 
+    @torch.no_grad()
     def denoise_seconds(self, case: SampleCase, timed_steps: int) -> float:
-        """Of all steps, each as long as the median of those timed with as many passes.
-
-        The modulation that is computed before them is not counted: reading a quarter of the weights once.
-        """
+        """Of the modulation of all steps, and of the steps: those of each kind as long as the median of it."""
         config = case.config
         with torch.device("meta"):
             model = MMDiT(config)
         model = self._random(model)
-        generator = torch.Generator(self._device).manual_seed(0)
+        times = _schedule(case, case.steps)[:-1].to(self._device)
+        vectors_VD = self._features(2, config.vec_in_dim)
 
-        def features(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
+        def modulate() -> None:
+            ModulationSchedule.of(model, times, vectors_VD)
 
-        text = case.models.t5.tokens
-        passes, settings = case.passes(), case.settings
+        modulate()
+        kinds = Counter(case.passes())
+        medians = {passes: statistics.median(self.step_seconds(model, case, passes, timed_steps)) for passes in kinds}
+        return self._seconds(modulate) + sum(steps * medians[passes] for passes, steps in kinds.items())
+
+    def step_seconds(self, model: MMDiT, case: SampleCase, passes: int, timed_steps: int) -> list[float]:
+        """Of so many steps with 1 or 2 passes each, one after the other; one before them warms up.
+
+        Steps of one kind alone: on several ranks the other kind has other shapes and exchanges.
+        """
+        config, text = case.config, case.models.t5.tokens
         ends: list[float] = []
 
         def on_step(done: int) -> None:
             self._wait()
             ends.append(time.perf_counter())
-            if done > timed_steps:
-                raise _Enough
 
-        self._wait()
-        begun = time.perf_counter()
-        with suppress(_Enough):
-            denoise(
-                model,
-                features(1, config.latent_channels, *case.latent_thw).float(),
-                timesteps=sampling_schedule(case.steps, case.video_tokens // case.latent_thw[0], case.latent_thw[0]),
-                txt=features(1, text, config.context_in_dim),
-                vec=features(1, config.vec_in_dim),
-                null_txt=features(1, text, config.context_in_dim),
-                null_vec=features(1, config.vec_in_dim),
-                mask=None,
-                reference=None,
-                guidance_txt=settings.guidance,
-                guidance_img=settings.guidance_image,
-                oscillate_txt=settings.oscillate_text,
-                oscillate_img=settings.oscillate_image,
-                dynamic_img_guidance=False,
-                ranks=self._ranks,
-                on_step=on_step,
-            )
-        return whole_video([end - start for start, end in zip([begun, *ends], ends, strict=False)], passes)
+        denoise(
+            model,
+            self._features(1, config.latent_channels, *case.latent_thw).float(),
+            timesteps=_schedule(case, timed_steps + 1),
+            txt=self._features(1, text, config.context_in_dim),
+            vec=self._features(1, config.vec_in_dim),
+            null_txt=self._features(1, text, config.context_in_dim),
+            null_vec=self._features(1, config.vec_in_dim),
+            mask=None,
+            reference=None,
+            guidance_txt=1.0 if passes == 1 else case.settings.guidance,
+            guidance_img=1.0,
+            oscillate_txt=False,
+            oscillate_img=False,
+            dynamic_img_guidance=False,
+            ranks=self._ranks,
+            on_step=on_step,
+        )
+        return [end - start for start, end in pairwise(ends)]
 
     @torch.no_grad()
     def decode_seconds(self, case: SampleCase) -> float:
@@ -129,6 +133,11 @@ class Measurement:
         latent_BCTHW = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._device, self._dtype)
         autoencoder.decode(latent_BCTHW)
         return self._seconds(lambda: autoencoder.decode(latent_BCTHW))
+
+    def _features(self, *shape: int) -> Tensor:
+        """Random ones in our dtype."""
+        generator = torch.Generator(self._device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=self._device, dtype=self._dtype)
 
     def _random(self, model: Any) -> Any:
         """A model of the meta device on ours, in our dtype, with random weights: zeros would be faster than data."""
@@ -154,17 +163,9 @@ class Measurement:
             torch.cuda.synchronize(self._device)
 
 
-def whole_video(steps: Sequence[float], passes: Sequence[int]) -> float:
-    """Seconds of all steps, from those of the first ones, the very first of which warms up and is not counted.
-
-    A number of passes that was not timed takes as long for each pass as those that were.
-    """
-    timed: dict[int, list[float]] = {}
-    for seconds, number in zip(steps[1:] or steps, passes[1:] or passes, strict=False):
-        timed.setdefault(number, []).append(seconds)
-    medians = {number: statistics.median(of) for number, of in timed.items()}
-    each = statistics.median(seconds / number for number, seconds in medians.items())
-    return sum(medians.get(number, number * each) for number in passes)
+def _schedule(case: SampleCase, steps: int) -> Tensor:
+    """Times [steps + 1] of a video of the case in so many steps."""
+    return sampling_schedule(steps, case.video_tokens // case.latent_thw[0], case.latent_thw[0])
 
 
 def _text_models(t5: TextSizes, clip: TextSizes) -> tuple[nn.Module, nn.Module]:

@@ -27,7 +27,7 @@ from opensora_fast.profiling.block import forward_traffic
 from opensora_fast.profiling.context_timeline import DTYPE, Share, block_timeline
 from opensora_fast.profiling.hardware import H200, Hardware
 from opensora_fast.profiling.sample_cases import SampleCase, TextSizes
-from opensora_fast.sampling_ranks import split
+from opensora_fast.sampling_ranks import deal, split
 from opensora_fast.sequence_shards import shard_lengths
 
 BY = (
@@ -113,8 +113,8 @@ def step_seconds(case: SampleCase, passes: int, hardware: Hardware = H200, link:
 
 def decode_seconds(case: SampleCase, hardware: Hardware = H200, link: Link = NVLINK) -> float:
     """Of the GPU with most tiles; the cross-fades run on every GPU alike."""
-    tiles, rest, gathered = _decode_tiles(case.model, case.latent_thw, hardware)
-    busiest = max(sum(tiles[rank :: case.gpus]) for rank in range(case.gpus))
+    tiles, sizes, rest, gathered = _decode_tiles(case.model, case.latent_thw, hardware)
+    busiest = max(sum(tiles[index] for index in mine) for mine in deal(sizes, case.gpus))
     return busiest + rest + (_gather_seconds(gathered, case.gpus, link) if len(tiles) > 1 else 0.0)
 
 
@@ -127,14 +127,15 @@ def _gather_seconds(received: int, gpus: int, link: Link) -> float:
 @cache
 def _decode_tiles(
     model: str, latent_thw: tuple[int, int, int], hardware: Hardware
-) -> tuple[tuple[float, ...], float, int]:
-    """Seconds of each tile in the order of the runner, of all else, and bytes of the tiles' outputs.
+) -> tuple[tuple[float, ...], tuple[int, ...], float, int]:
+    """Seconds and numbers of each tile in the order of the runner; seconds of all else; bytes of the tiles' outputs.
 
     Tiles of one size cost the same, so that one of each size is counted.
     """
     autoencoder = SampleCase(model=model, resolution="256px", frames=1, steps=1, gpus=1).autoencoder()
     known: dict[torch.Size, tuple[float, Tensor]] = {}
     tiles: list[float] = []
+    sizes: list[int] = []
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.no_grad(),
@@ -150,6 +151,7 @@ def _decode_tiles(
                     known[x.shape] = total.seconds - before, known[x.shape][1]
                 seconds, out = known[x.shape]
                 tiles.append(seconds)
+                sizes.append(x.numel())
                 outputs.append(torch.empty_like(out))
             return outputs
 
@@ -159,4 +161,4 @@ def _decode_tiles(
         video = autoencoder.decode(torch.empty((1, autoencoder.latent_channels, *latent_thw), dtype=DTYPE))
         whole = total.seconds - begun
     counted = sum(seconds for seconds, _ in known.values())
-    return tuple(tiles) or (whole,), whole - counted if tiles else 0.0, video.nbytes
+    return tuple(tiles) or (whole,), tuple(sizes) or (1,), whole - counted if tiles else 0.0, video.nbytes

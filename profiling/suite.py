@@ -348,11 +348,11 @@ def runtime(suite: Suite, ops: Sequence[str]) -> None:
 
 
 def sampling(suite: Suite, ops: Sequence[str]) -> None:
-    """Weights that are streamed, then a video's phases; few steps of each kind stand for fifty."""
+    """Weights that are streamed, then a video's phases; two steps of each kind stand for fifty."""
     if not suite.dry:
         tests = python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *SAMPLE_TESTS)
         suite.add(suite.run("test sample", tests, limit=LIMITS["sample"]))
-    size = ["--timed_steps", "4"]
+    size = ["--timed-steps", "2"]
     if suite.dry:
         size = ["--model", "tiny", "--resolutions", "64px", "--frames", "1", "--steps", "2"]
     command = python("-m", "opensora_fast.cli", "bench", "sample", "--device", suite.device, *size)

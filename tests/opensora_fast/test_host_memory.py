@@ -257,6 +257,20 @@ def test_memory_for_a_device_is_registered_once_and_given_back_before_it_goes(dr
     assert driver.calls[1:] == [("unregister", address, True)]
 
 
+def test_another_mapping_is_registered_for_itself(driver):
+    memory = HostMemory(MIB, shared=True)
+    attached = HostMemory.attach(memory.descriptor, MIB, device=torch.device("cuda"))
+    address = attached.address
+    attached.tensor.fill_(7)
+    assert bool((memory.tensor == 7).all())
+    assert address != memory.address
+    attached.close()
+    assert driver.calls == [("register", address, MIB, 1), ("unregister", address, True)]
+    driver.status = 2
+    with pytest.raises(UserError, match=r"--memory-budget: .*CUDA cannot pin it"):
+        HostMemory.attach(memory.descriptor, MIB, device=torch.device("cuda"), setting="--memory-budget")
+
+
 def test_memory_that_cannot_be_pinned_is_refused(driver):
     driver.status = 2
     with pytest.raises(

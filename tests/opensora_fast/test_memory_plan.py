@@ -1,6 +1,7 @@
 """Memory plans: predictions against bytes that are counted in real runs, and the choice under a budget."""
 
 import gc
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from opensora_fast.block_streaming import host_model, stream_blocks
 from opensora_fast.config import MMDiTConfig, VideoDCAEConfig
 from opensora_fast.dc_ae import VideoDCAE
 from opensora_fast.errors import UserError
+from opensora_fast.flux import FluxImages
 from opensora_fast.memory_plan import (
     GIB,
     budget_for,
@@ -23,6 +25,7 @@ from opensora_fast.memory_plan import (
 )
 from opensora_fast.memory_prediction import (
     MemorySettings,
+    PictureNeeds,
     SamplingShape,
     TextNeeds,
     activation_bytes,
@@ -35,6 +38,7 @@ from opensora_fast.mmdit import MMDiT
 from opensora_fast.packed_weights import weight_places
 from opensora_fast.peak_memory import LiveBytes
 from opensora_fast.phases import Phases
+from opensora_fast.resolutions import ASPECT_RATIOS
 from opensora_fast.sampling import sample
 from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.text import TextEncoders, save_tiny_text_encoders
@@ -71,8 +75,8 @@ SMALL = 2**14  # bytes of single small tensors that one of two counts has and th
 LAYOUT = {"max_length_t5": TOKENS, "max_length_clip": 64}
 
 
-def shape_of(condition: str) -> SamplingShape:
-    return SamplingShape(settings=SETTINGS, condition=condition, text_tokens=TOKENS)
+def shape_of(condition: str, *, previews: bool = False) -> SamplingShape:
+    return SamplingShape(settings=SETTINGS, condition=condition, text_tokens=TOKENS, previews=previews)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +113,12 @@ def arguments(condition: str) -> dict:
 class Encoded:
     """Embeddings of a prompt, made when they are asked for."""
 
+    def __init__(self, config=CONFIG):
+        self.config = config
+
     def encode(self, prompts):
-        return torch.ones(len(prompts), TOKENS, CONFIG.context_in_dim), torch.ones(len(prompts), CONFIG.vec_in_dim)
+        config = self.config
+        return torch.ones(len(prompts), TOKENS, config.context_in_dim), torch.ones(len(prompts), config.vec_in_dim)
 
     def null(self):
         return self.encode([""])
@@ -176,6 +184,65 @@ def test_activations_are_those_of_a_real_run(models, activations, condition, mon
     assert set(peaks) == {"encode", "modulation", "denoise", "decode"}
     for name, bytes in peaks.items():
         assert bytes * 0.97 - SMALL <= predicted[name] <= bytes * 1.1 + SMALL, (name, bytes, predicted)
+
+
+def test_previews_are_predicted(models, activations):
+    """A preview is decoded while the steps hold what they hold, and may bring the autoencoder for it."""
+    model, autoencoder, _ = models
+    previews = activation_bytes(CONFIG, autoencoder, shape_of("t2v", previews=True), DTYPE)
+    assert activations["t2v"]["preview"] == 0
+    assert previews | {"preview": 0} == activations["t2v"]
+    peaks = []
+    with LiveBytes() as live:
+
+        def preview(step, latent):
+            live.peak = live.now
+            autoencoder.decode(latent[:, :, [1]])
+            peaks.append(live.peak)
+
+        sample(model, autoencoder, Encoded(), ["a ship"], SETTINGS, on_latent=preview)
+    assert max(peaks) * 0.97 - SMALL <= previews["preview"] <= max(peaks) * 1.1 + SMALL
+    many = previews | {"preview": 10**9}
+    for settings in (MemorySettings(), MemorySettings(autoencoder="while_used")):
+        with_it, without = (
+            add_weights(each, meta_model(CONFIG, DTYPE), autoencoder, TextNeeds(0, 0), settings)
+            for each in (many, activations["t2v"])
+        )
+        weights = add_weights(dict.fromkeys(many, 0), meta_model(CONFIG, DTYPE), autoencoder, TextNeeds(0, 0), settings)
+        brought = module_bytes(autoencoder) * (settings.autoencoder == "while_used")
+        assert with_it["denoise"] == weights["denoise"] + 10**9 + brought
+        assert {name: bytes for name, bytes in with_it.items() if name != "denoise"} == {
+            name: bytes for name, bytes in without.items() if name != "denoise"
+        }
+
+
+@pytest.mark.parametrize("what", ["open-sora-v2", "diffusers-flux"])
+def test_a_picture_of_flux_is_predicted(what, models, activations, released_folder):
+    """Counted in a real `FluxImages.image`: blocks streamed, the autoencoder there while it is used."""
+    pytest.importorskip("diffusers")
+    folder = released_folder(what)
+    needs = PictureNeeds.of_folder(folder, DTYPE, resolution="256px", steps=3, text_tokens=TOKENS)
+    flux = FluxImages.from_folder(folder, text=None)
+    flux.text = Encoded(flux.model.config)
+    rest = sum(parameter.nbytes for name, parameter in flux.model.named_parameters() if "blocks" not in name)
+    rest -= sum(parameter.nbytes for parameter in flux.model.final_layer.modulation.parameters())
+    flux.autoencoder = Phases(CPU).autoencoder(flux.autoencoder)
+    stream_blocks(flux.model, CPU)
+    ratio = max(ASPECT_RATIOS, key=lambda ratio: math.prod(flux.size("256px", ratio)))
+    with LiveBytes() as live:
+        flux.image(["a ship"], resolution="256px", aspect_ratio=ratio, steps=3)
+    counted = live.peak + rest
+    assert counted * 0.97 - SMALL <= needs.resident + needs.work <= counted * 1.1 + SMALL
+    text, settings = TextNeeds(10**6, 0), MemorySettings()
+    without, with_it = (
+        add_weights(activations["t2v"], meta_model(CONFIG, DTYPE), models[1], text, settings, picture)
+        for picture in (None, needs)
+    )
+    weights = add_weights(
+        dict.fromkeys(activations["t2v"], 0), meta_model(CONFIG, DTYPE), models[1], text, settings, needs
+    )
+    assert with_it.pop("picture") == weights["picture"] == weights["encode"] + needs.work
+    assert with_it == {name: bytes + needs.resident for name, bytes in without.items()}
 
 
 @pytest.mark.parametrize("settings", [each for fp8 in (False, True) for each in every_setting(fp8=fp8)], ids=str)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch._subclasses import FakeTensorMode
 
 from opensora_fast import cli
 from opensora_fast.errors import UserError
+from opensora_fast.mmdit import MMDiT
 from opensora_fast.profiling import ledger, sample_bench, sample_cases, sample_model
 from opensora_fast.profiling.block import forward_traffic
 from opensora_fast.profiling.hardware import H200
 from opensora_fast.profiling.machine import Machine
 from opensora_fast.profiling.sample_cases import MODELS, Result, SampleCase
-from opensora_fast.profiling.sample_measurement import whole_video
+from opensora_fast.profiling.sample_measurement import Measurement
 
 TINY = ["bench", "sample", "--model", "tiny", "--resolutions", "64px", "--steps", "13"]
 
@@ -28,11 +30,12 @@ def case(model: str = "open-sora-v2", resolution: str = "768px", gpus: int = 1, 
 def test_a_row_is_measured_and_another_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "rows.jsonl"
-    assert cli.main([*TINY, "--device", "cpu", "--gpus", "8", "--timed_steps", "12", "--out", str(out)]) == 0
+    assert cli.main([*TINY, "--device", "cpu", "--gpus", "8", "--timed-steps", "2", "--out", str(out)]) == 0
     measured, modelled = ledger.read([out])
     assert measured["status"] == "timed"
     assert measured["case"].endswith("13 steps, 1 GPU")
-    assert (measured["timed_steps"], measured["passes"]) == (12, 11 * 2 + 1 + 2)
+    assert measured["timed_steps"] == {"1": 2, "2": 2}
+    assert measured["steps"] == {"1": 1, "2": 12}
     assert measured["p50"] == pytest.approx(sum(measured["phases"].values()))
     assert all(measured["phases"][phase] > 0 for phase in ("text", "denoise", "decode"))
     assert modelled["status"] == "modelled"
@@ -41,7 +44,7 @@ def test_a_row_is_measured_and_another_modelled(tmp_path: Path, capsys: pytest.C
     assert "modelled for H200 by profiling.sample_model" in modelled["reason"]
     assert modelled["seconds"] == pytest.approx(sum(modelled["phases"].values()))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "measured, 12 of 13 steps" in printed
+    assert "measured, 2 x 2 of 13 steps" in printed
     assert "modelled" in printed
 
 
@@ -61,7 +64,7 @@ def test_the_released_models_stay_within_the_targets_by_the_model() -> None:
     # 80 passes of 5.09 PFLOP, four fifths of them attention, at the rates of the model: no faster than its products.
     assert 80 * 5.09e15 / H200.matmul_flops < one.seconds["denoise"] < 80 * 5.09e15 / H200.matmul_flops * 1.25
     assert one.seconds["denoise"] / 8 <= eight.seconds["denoise"] < one.seconds["denoise"] / 6
-    assert one.seconds["decode"] / 18 * 3 <= eight.seconds["decode"] < one.seconds["decode"] / 3  # 18 tiles on 8
+    assert one.seconds["decode"] / 8 <= eight.seconds["decode"] < one.seconds["decode"] / 5  # 18 tiles of four sizes
     assert one.seconds["text"] == eight.seconds["text"] > 0
 
 
@@ -113,11 +116,19 @@ def test_a_tile_of_a_size_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> No
     )
     monkeypatch.setitem(sample_cases.MODELS, "tiles", models)
     monkeypatch.setitem(sample_cases.MMDIT_PRESETS, "tiles", sample_cases.MMDIT_PRESETS["tiny"])
-    tiles, rest, size = sample_model._decode_tiles("tiles", (2, 8, 8), H200)
+    tiles, numbers, rest, size = sample_model._decode_tiles("tiles", (2, 8, 8), H200)
     assert len(tiles) == 4
     assert len(set(tiles)) == 1
+    assert len(numbers) == 4
     assert rest > 0
     assert size == 3 * 4 * 16 * 16 * 2
+
+
+def test_tiles_are_dealt_out_as_the_sampler_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large and small ones in turn none has all the large: two ranks take as long as half of the whole."""
+    monkeypatch.setattr(sample_model, "_decode_tiles", lambda *_: ((4.0, 1.0) * 2, (40, 10) * 2, 0.0, 0))
+    monkeypatch.setattr(sample_model, "_gather_seconds", lambda *_: 0.0)
+    assert sample_model.decode_seconds(case(gpus=2)) == 5.0
 
 
 @pytest.mark.parametrize(("kernel", "rate"), [(3, H200.convolution_flops), (1, H200.matmul_flops)])
@@ -130,10 +141,29 @@ def test_convolutions_have_a_rate_of_their_own(kernel: int, rate: float) -> None
     assert traffic.seconds == pytest.approx(2 * 4096**2 * kernel**3 * 8 * 16 * 16 / rate)
 
 
-def test_steps_that_were_timed_stand_for_the_others() -> None:
-    assert whole_video([9.0, 2.0, 4.0, 1.0], [2, 2, 2, 1, 2, 1]) == pytest.approx(4 * 3.0 + 2 * 1.0)
-    assert whole_video([9.0, 2.0, 2.0], [2, 2, 2, 1]) == pytest.approx(3 * 2.0 + 1.0)  # one pass was never timed
-    assert whole_video([3.0], [1]) == 3.0
+def test_every_kind_of_step_is_timed_and_the_modulation_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told apart by their passes: steps of two stand for the steps of two alone, and those of one likewise."""
+    bench = Measurement(torch.device("cpu"), None)
+    of = case("tiny", "64px", steps=13)
+    rows: list[int] = []
+    forward = MMDiT.forward
+
+    def counted(model: MMDiT, img: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        rows.append(len(img))
+        return forward(model, img, *rest, **more)
+
+    monkeypatch.setattr(MMDiT, "forward", counted)
+    times = {1: [5.0, 1.0, 2.0], 2: [3.0, 9.0, 4.0]}
+    measure = Measurement.step_seconds
+
+    def told(self: Measurement, model: MMDiT, of: SampleCase, passes: int, timed_steps: int) -> list[float]:
+        assert len(measure(self, model, of, passes, timed_steps)) == timed_steps == 3
+        return times[passes]
+
+    monkeypatch.setattr(Measurement, "step_seconds", told)
+    monkeypatch.setattr(Measurement, "_seconds", lambda self, work: 100.0)
+    assert bench.denoise_seconds(of, 3) == pytest.approx(100 + 12 * 4.0 + 1 * 2.0)
+    assert sorted(rows) == [1] * 4 + [2] * 4  # one of each warms up
 
 
 def test_what_has_no_figure_is_told_and_no_row_has_one(tmp_path: Path) -> None:
@@ -162,7 +192,7 @@ def test_a_missed_target_is_told() -> None:
         (["--model", "none"], "--model none"),
         (["--gpus", "0"], "--gpus 0"),
         (["--frames", "7"], "--frames 7"),
-        (["--timed_steps", "0"], "--timed_steps 0"),
+        (["--timed-steps", "0"], "--timed-steps 0"),
         (["--resolutions", "big"], "resolution 'big'"),
     ],
 )
