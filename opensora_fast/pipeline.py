@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,12 +24,22 @@ from torch import Tensor
 from opensora_fast.conditions import reference_frames
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
-from opensora_fast.loaded_models import LoadedModels, LoadOptions, by_the_first, load_models
+from opensora_fast.loaded_models import LoadedModels, LoadOptions, load_models
 from opensora_fast.model_folder import find_model
+from opensora_fast.pipeline_arguments import (
+    OutputType,
+    as_output,
+    check_types,
+    checked_device,
+    checked_dtype,
+    one_each,
+    stacked,
+)
 from opensora_fast.reference_pixels import clip_pixels, image_pixels
 from opensora_fast.resolutions import ASPECT_RATIOS
-from opensora_fast.sample_requests import condition_of
+from opensora_fast.sample_requests import check_text, condition_of, flux_paints
 from opensora_fast.sampling import sample
+from opensora_fast.sampling_ranks import by_the_first
 from opensora_fast.sampling_settings import SamplingSettings, output_size
 
 if TYPE_CHECKING:
@@ -39,14 +49,11 @@ if TYPE_CHECKING:
     from opensora_fast.reference_pixels import Visual
     from opensora_fast.sampling_ranks import SamplingRanks
 
-OutputType = Literal["np", "pt", "pil"]
-
 SHORTEST_GIVEN = 8  # frames of a video that an image can begin, with every autoencoder
 
 
-@dataclass(frozen=True)
-class VideoPipelineOutput:
-    """What a call gives: `frames` of B videos, in the form that was asked for.
+class VideoPipelineOutput(NamedTuple):
+    """What a call gives: `frames` of B videos, also as item 0, in the form that was asked for.
 
     "np": float32 [B, F, H, W, 3] in [0, 1].  "pt": float32 [B, F, 3, H, W] in [0, 1].  "pil": B lists of F images.
     """
@@ -78,6 +85,7 @@ class VideoPipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
         weights: Weights | None = None,
         t5: str | Path | None = None,
         clip: str | Path | None = None,
@@ -94,7 +102,8 @@ class VideoPipeline:
         """The pipeline of a run, one of its step folders, a released folder or a released weights file.
 
         Args:
-            device, dtype: default: the GPU in bfloat16 where there is one, else the CPU in float32.
+            device, dtype: default: the GPU in bfloat16 where there is one, else the CPU in float32. torch_dtype is
+                dtype, as diffusers has it.
             weights: of a run: "ema" (its moving average; the default where there is one) or "model".
             t5, clip, autoencoder: folders or files in place of those that `path` names or that lie beside it.
             flux: a FLUX.1-dev folder: a prompt without an image begins with one that FLUX makes at `flux_resolution`.
@@ -106,6 +115,9 @@ class VideoPipeline:
 
         Raises UserError for anything that is missing or does not fit, naming the file and the remedy.
         """
+        if dtype is not None and torch_dtype is not None:
+            raise UserError("dtype and torch_dtype: give one of them")
+        place, kind = checked_device(device), checked_dtype(dtype or torch_dtype)
         parts = find_model(
             Path(path),
             weights=weights,
@@ -120,9 +132,10 @@ class VideoPipeline:
         models = load_models(
             parts,
             LoadOptions(
-                device=device,
-                dtype=dtype,
+                device=place,
+                dtype=kind,
                 memory_budget=memory_budget,
+                flux_resolution=flux_resolution,
                 fp8=fp8,
                 compile=compile,
                 tensorrt=tensorrt,
@@ -132,13 +145,25 @@ class VideoPipeline:
         )
         return cls(models, defaults=defaults, flux_resolution=flux_resolution, ranks=ranks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the videos are computed."""
+        return self.models.model.device
+
+    def to(self, device: torch.device | str) -> VideoPipeline:
+        """This pipeline, which stays where it was loaded. Raises UserError for another device."""
+        wanted = checked_device(device)
+        if wanted is not None and (wanted.type != self.device.type or wanted.index not in (None, self.device.index)):
+            raise UserError(f"device {wanted}: the weights are on {self.device}; load with from_pretrained(device=...)")
+        return self
+
     def __call__(
         self,
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        image: Visual | None = None,
-        last_image: Visual | None = None,
+        image: Visual | Sequence[Visual] | None = None,
+        last_image: Visual | Sequence[Visual] | None = None,
         video: Visual | None = None,
         condition: str | None = None,
         height: int | None = None,
@@ -162,13 +187,13 @@ class VideoPipeline:
         Args:
             negative_prompt: what guidance steers away from, one for all prompts or one each; default: nothing.
             image, last_image: the picture that the videos begin or end with: a path, a PIL image, an array [H, W, 3]
-                or a tensor [3, H, W] (uint8, or floating point in [0, 1]).
+                or a tensor [3, H, W] (uint8, or floating point in [0, 1]); or a list of them, one for each prompt.
             video: the frames that the videos go on from, or lead to, in the same forms.
             condition: how they are used, a name of `conditions.CONDITIONS`; default: as what is given says.
             num_frames, height, width: in frames and pixels. height and width replace resolution and aspect_ratio.
             frames_per_second: what the prompt says of the rate; a video file is read at up to this rate.
             guidance_scale, guidance_scale_image: of the prompt and of the given picture or video; 1 is none.
-            seed: video b is drawn from seed + b.  generator: draws the seed, and goes on by it.
+            seed: video b is drawn from seed + b.  generator: one, which draws the seed and goes on by it.
             output_type: see `VideoPipelineOutput`.
             callback_on_step_end: called after every step with this pipeline, the step from 0, the time that the step
                 began at (1 noise, 0 video), and {"latents": the clean latent [B, C, T, H, W] that it predicts}. An
@@ -179,6 +204,8 @@ class VideoPipeline:
         if generator is not None:
             if seed is not None:
                 raise UserError("seed and generator: give one of them")
+            if not isinstance(generator, torch.Generator):
+                raise UserError("generator: pass one for the call; video b is drawn from the seed that it draws + b")
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         given: dict[str, Any] = {
             "height": height,
@@ -193,18 +220,27 @@ class VideoPipeline:
             "motion_score": motion_score,
             "seed": seed,
         }
+        check_types(given)
         base = settings or self.defaults
         if (resolution or aspect_ratio) and not height and not width:
             base = replace(base, height=None, width=None)
         settings = replace(base, **{name: value for name, value in given.items() if value is not None})
         if output_type not in ("np", "pt", "pil"):
             raise UserError(f"output_type={output_type!r}: use 'np', 'pt' or 'pil'")
+        if not isinstance(prompt, str | Sequence):
+            raise UserError(f"prompt={prompt!r}: must be text, or a list of texts")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("prompt is an empty list: pass at least one")
         negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-        may_paint = condition in (None, "i2v_head", "i2v_loop") and settings.frames > 1
-        painted = self.models.flux is not None and may_paint and image is None and video is None
+        for name, texts in (("prompt", prompts), ("negative_prompt", negative_prompts or [])):
+            for text in texts:
+                if not isinstance(text, str):
+                    raise UserError(f"{name}={text!r}: must be text, or a list of texts")
+                check_text(name, text)
+        painted = self.models.flux is not None and flux_paints(
+            condition, settings.frames, image=image is not None, video=video is not None
+        )
         there = {
             name
             for name, is_there in (
@@ -215,7 +251,12 @@ class VideoPipeline:
             if is_there
         }
         condition = condition_of(there, condition)
-        head, tail = self.references(condition, settings, image=image, last=last_image, video=video)
+        pictures = {"image": one_each("image", image, prompts), "last": one_each("last_image", last_image, prompts)}
+        each = [
+            self.references(condition, settings, image=begins, last=ends, video=video)
+            for begins, ends in zip(pictures["image"], pictures["last"], strict=False)
+        ]
+        head, tail = (stacked([pair[place] for pair in each]) for place in (0, 1))
         on_latent = None
         if callback_on_step_end is not None:
             times = self._times(settings, condition)
@@ -232,7 +273,7 @@ class VideoPipeline:
             negative_prompts=negative_prompts,
             on_latent=on_latent,
         )
-        return VideoPipelineOutput(_output(video_B3FHW, output_type))
+        return VideoPipelineOutput(as_output(video_B3FHW, output_type))
 
     def make(
         self,
@@ -336,19 +377,6 @@ def nearest_ratio(height: int, width: int) -> str:
         return abs(math.log(width / height * down / across))
 
     return min(ASPECT_RATIOS, key=distance)
-
-
-def _output(video_B3FHW: Tensor, output_type: OutputType) -> np.ndarray | Tensor | list[list[Image]]:
-    video_BF3HW = ((video_B3FHW.transpose(1, 2) + 1) / 2).clamp(0, 1)
-    if output_type == "pt":
-        return video_BF3HW
-    video_BFHW3 = video_BF3HW.permute(0, 1, 3, 4, 2).cpu().numpy()
-    if output_type == "np":
-        return video_BFHW3
-    from PIL import Image
-
-    pictures = (video_BFHW3 * 255).round().astype(np.uint8)
-    return [[Image.fromarray(picture) for picture in frames] for frames in pictures]
 
 
 def _for_each(pixels: Tensor | None, count: int) -> Tensor | None:

@@ -14,6 +14,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,10 +25,15 @@ import torch
 import torch.distributed as dist
 
 from opensora_fast.errors import UserError
+from opensora_fast.kernels.backend import BackendError
+from opensora_fast.kernels.context_exchange import ContextParallelError, named_failure
 from opensora_fast.sampling_ranks import AgreedError, SamplingRanks
 
 # Ranks wait this long for one that loads weights, compiles, or writes a long video.
 TIMEOUT = timedelta(minutes=60)
+
+# Seconds in which the rank that failed first is the one that the launcher hears of.
+_FIRST_FAILURE = 30.0
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BAD_INPUT, _INTERRUPTED = 2, 130  # the exit codes of a command that a UserError or Ctrl-C ended
@@ -39,10 +46,11 @@ def joined() -> Iterator[SamplingRanks | None]:
     """This process among those that torchrun started, or None where it is alone.
 
     Initialises the process group, with this rank's GPU as the current device (without GPUs ranks share out the
-    threads), and at the end waits for all ranks and
-    destroys it; a group that is there already is used and left as it is. An error that all ranks agreed on
-    (`SamplingRanks.agree`) ends them all with exit code 2 once rank 0 has told it. Raises UserError where this node has
-    fewer GPUs than ranks.
+    threads), and at the end waits for all ranks and destroys it; a group that is there already is used and left as it
+    is. An error that all ranks agreed on (`SamplingRanks.agree`) ends them all with exit code 2 once rank 0 has told
+    it. Another error ends this rank at once, and the launcher then the others: they may be waiting for it in an
+    exchange, where NCCL would wait for them in turn if this process were to clean up. Raises UserError where this node
+    has fewer GPUs than ranks.
     """
     if dist.is_initialized():
         yield SamplingRanks(_device(dist.get_rank())) if dist.get_world_size() > 1 else None
@@ -60,21 +68,35 @@ def joined() -> Iterator[SamplingRanks | None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     agreed = False
     try:
-        yield SamplingRanks(device)
+        with named_failure(dist.group.WORLD, "the ranks' work"):
+            yield SamplingRanks(device)
     except AgreedError as error:
         agreed = True
         if dist.get_rank() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and dist.get_rank() != 0:
-            leave(_INTERRUPTED)  # rank 0 tells of it
-        if device.type == "cpu":  # NCCL would wait for ranks that wait for this one
-            dist.destroy_process_group()
-        raise
+        leave(_told(error))
     dist.barrier()  # after an error too: a rank that leaves earlier has the launcher end rank 0
     dist.destroy_process_group()
     if agreed:
         leave(_BAD_INPUT)
+
+
+def _told(error: BaseException) -> int:
+    """Tell of an error on this rank; the exit code that stands for it."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        if dist.get_rank() == 0:
+            print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    if isinstance(error, ContextParallelError):  # another rank has left: its launcher ends this one, unless far away
+        time.sleep(_FIRST_FAILURE)
+    if isinstance(error, UserError | OSError | BackendError | ContextParallelError):
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return _BAD_INPUT
+    traceback.print_exception(error)
+    return 1
 
 
 def leave(code: int) -> int:

@@ -42,29 +42,32 @@ def image_pixels(image: Visual, size: tuple[int, int]) -> Tensor:
 def clip_pixels(video: Visual, frames: int, fps: int, size: tuple[int, int], end: Literal["head", "tail"]) -> Tensor:
     """The first or last `frames` frames of a video, [3, frames, *size].
 
-    A file is thinned out, as in training, to at most `fps` frames per second; frames in memory are taken as they are.
-    Raises UserError for a file that cannot be read, and for too few frames.
+    Of a file the frames are taken that are nearest to `fps` a second, so that it keeps its speed; frames in memory are
+    taken as they are. Raises UserError for a file that cannot be read, and for too few frames.
     """
     if isinstance(video, str | Path):
-        start, interval = clip_range(video, frames, fps, end)
-        return resize_crop(read_clip(video, start, frames, interval, cover=size), size)
+        wanted = clip_frames(video, frames, fps, end)
+        first = wanted[0]
+        frames_FHWC = read_clip(video, first, wanted[-1] - first + 1, cover=size)
+        return resize_crop(frames_FHWC[[index - first for index in wanted]], size)
     frames_FHWC = _frames(video)
     if len(frames_FHWC) < frames:
         raise UserError(f"the video has {len(frames_FHWC)} frames of the {frames} that are needed; pass a longer one")
     return resize_crop(frames_FHWC[:frames] if end == "head" else frames_FHWC[-frames:], size)
 
 
-def clip_range(path: str | Path, frames: int, fps: int, end: Literal["head", "tail"]) -> tuple[int, int]:
-    """(start, interval) of the frames that `clip_pixels` takes of a file; the same errors, and nothing is decoded."""
+def clip_frames(path: str | Path, frames: int, fps: int, end: Literal["head", "tail"]) -> list[int]:
+    """Which frames `clip_pixels` takes of a file; the same errors, and only the first frame is decoded."""
     info = probe(path)
-    interval = max(1, math.ceil(info.fps / fps))
-    span = (frames - 1) * interval + 1
-    if info.num_frames < span:
+    step = info.fps / fps or 1.0  # 0: a picture
+    offsets = [math.floor(index * step + 0.5) for index in range(frames)]
+    if info.num_frames < offsets[-1] + 1:
         raise UserError(
             f"--video {path}: {info.num_frames} frames at {info.fps:g} per second are not the {frames} at {fps} "
             "that are needed; give a longer video"
         )
-    return (0 if end == "head" else info.num_frames - span), interval
+    start = 0 if end == "head" else info.num_frames - offsets[-1] - 1
+    return [start + offset for offset in offsets]
 
 
 def _frames(visual: object) -> np.ndarray:

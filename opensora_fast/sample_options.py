@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from opensora_fast.arguments import Parser
 from opensora_fast.conditions import CONDITIONS
 from opensora_fast.errors import UserError
+from opensora_fast.sample_requests import check_text
 from opensora_fast.sampling_settings import SamplingSettings
 
 # option -> (field of SamplingSettings, type, help)
@@ -117,13 +119,17 @@ def parser() -> Parser:
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Raise UserError for options that do not go together, and for an --out that cannot be written."""
+    """Raise UserError for options that do not go together."""
     for name in ("num_samples", "nproc", "preview_every"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if (options.prompt is None) == (options.prompts is None):
         raise UserError("give --prompt for one request, or --prompts for a file of them")
+    if options.prompt is not None and not options.prompt.strip():
+        raise UserError("--prompt is empty: write what to show")
+    for name in ("prompt", "negative_prompt"):
+        check_text(f"--{name.replace('_', '-')}", getattr(options, name) or "")
     if options.prompts is not None:
         for name in ("image", "last", "video"):
             if getattr(options, name):
@@ -132,8 +138,15 @@ def check_options(options: argparse.Namespace) -> None:
                 )
         if options.out.suffix in (".mp4", ".png") or options.out.is_file():
             raise UserError(f"--out {options.out}: is the folder of what --prompts makes; name a folder")
+
+
+def make_folder(options: argparse.Namespace) -> None:
+    """Make the folder of --out. Raises UserError where no file can be written in it."""
     folder = options.out if options.prompts is not None else options.out.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".", suffix=".part") as file:
+            file.write(b"0")  # a disk that is full takes a name
+            file.flush()
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}; choose another folder") from error

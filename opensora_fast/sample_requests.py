@@ -74,18 +74,21 @@ class BrokenRow:
     error: UserError
 
 
+def flux_paints(condition: str | None, frames: int, *, image: bool, video: bool) -> bool:
+    """Whether a FLUX that is there makes the image that this video begins with: it can, and none is given."""
+    return condition in (None, "i2v_head", "i2v_loop") and frames > 1 and not image and not video
+
+
 def given_files(
     condition: str | None, image: Path | None, last: Path | None, video: Path | None, *, painted: bool = False
 ) -> Given:
-    """The condition of these files. `painted`: the image is still to be made, by FLUX, and counts as one.
+    """The condition of these files. `painted`: the image is still to be made, by FLUX (`flux_paints`).
 
     Raises UserError for an unknown condition, for one whose files are not just those given, and for a file that is not
     there.
     """
     if video and (image or last):
         raise UserError("--video cannot be combined with --image or --last; give one or the other")
-    if painted and (image or video):
-        raise UserError("--flux makes the image that the video begins with: drop --image and --video, or --flux")
     for option, path in (("image", image), ("last", last), ("video", video)):
         if path and not path.is_file():
             raise UserError(f"--{option} {path}: no such file")
@@ -118,9 +121,11 @@ def read_requests(
     *,
     condition: str | None = None,
     negative_prompt: str | None = None,
-    painted: bool = False,
+    flux: bool = False,
 ) -> list[SampleRequest | BrokenRow]:
     """Every row of a .csv or .jsonl file; `settings` and the others count where a row says nothing.
+
+    `flux`: FLUX is there, and makes the image of every row that can have one and gives none.
 
     Raises UserError for a file that is missing, has another ending, is not UTF-8, has no row, or has a header without
     a prompt, with a column twice or with one that is not known.
@@ -133,7 +138,7 @@ def read_requests(
             values = _values(row)
             name = str(values.pop("name", name))
             _check_name(name, number, rows_of)
-            results.append(_request(name, values, settings, condition, negative_prompt, painted=painted))
+            results.append(_request(name, values, settings, condition, negative_prompt, flux=flux))
         except (UserError, OSError) as error:  # OSError: no name that a file can have
             reason = error.strerror if isinstance(error, OSError) else error
             results.append(BrokenRow(name=name, error=UserError(f"{path}, row {number}: {reason}")))
@@ -215,7 +220,7 @@ def _json_rows(text: str) -> Iterator[dict[str, Any] | UserError]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
             yield UserError(f"is no JSON ({error}); write one object a line")
             continue
         yield row if isinstance(row, dict) else UserError(f"is no JSON object: {line.strip()[:40]}")
@@ -239,6 +244,14 @@ def _values(row: dict[str, Any] | UserError) -> dict[str, Any]:
     return values
 
 
+def check_text(name: str, text: str) -> None:
+    """Raise UserError for what is no text: half of a character that takes two in UTF-16."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}={text[:40]!r}: is no Unicode text ({error.reason}); write it as UTF-8") from error
+
+
 def _check_column(column: str, where: str) -> None:
     known = (*_COLUMNS, *SETTINGS)
     if column not in known:
@@ -247,6 +260,8 @@ def _check_column(column: str, where: str) -> None:
 
 def _parsed(column: str, value: Any) -> Any:
     """The value of a cell or of a JSON field, in the type of its column."""
+    if isinstance(value, str):
+        check_text(column, value)
     kind = SETTINGS.get(column, str)
     wanted = str(kind).replace(" | None", "") if kind not in (str, int, float, bool) else kind.__name__
     if isinstance(value, str) and wanted != "str":
@@ -279,17 +294,20 @@ def _request(
     condition: str | None,
     negative_prompt: str | None,
     *,
-    painted: bool,
+    flux: bool,
 ) -> SampleRequest:
     condition = values.get("condition", condition)
     files = _files(values, condition)
     own_settings = {key: values[key] for key in SETTINGS if key in values}
+    sampling = SamplingSettings(**dict(settings) | own_settings)
+    has = {name: files[name] is not None for name in ("image", "video")}
+    painted = flux and flux_paints(condition, sampling.frames, **has)
     return SampleRequest(
         name=name,
         prompt=values["prompt"],
         negative_prompt=values.get("neg", negative_prompt),
         given=given_files(condition, **files, painted=painted),
-        settings=SamplingSettings(**dict(settings) | own_settings),
+        settings=sampling,
     )
 
 

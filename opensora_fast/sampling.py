@@ -12,8 +12,10 @@ steps is computed before the first, once for each distinct (time, vector).
 Shapes   B videos, R rows of a model call (B per pass), C latent channels, T latent frames, H, W latent rows and
          columns, F pixel frames, N video tokens, n those of this rank, L text tokens, D features, V text vectors.
 Numerics The state and the guidance are fp32 (fp64 for fp64 noise); the model casts what it gets to its own dtype.
-Source   Open-Sora 2.0 (arXiv 2503.09642) section 5.2 and the released sampler, with two deviations: the state is not
-         bf16, and the given latent frames are kept for every video of a batch, not only for the first.
+Source   Open-Sora 2.0 (arXiv 2503.09642) section 5.2 and the released sampler, from which this deviates: the state and
+         the times are fp32, not bf16; every video has noise of its own, drawn on the CPU; the given latent frames are
+         the mode of the posterior, not drawn from it, and kept for every video of a batch, not only for the first; the
+         prompt ends as in training, "24 FPS, 4 motion score." (`prompts`).
 """
 
 from __future__ import annotations

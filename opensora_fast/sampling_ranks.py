@@ -5,7 +5,7 @@
             costs ceil(p / g) g / P of a pass on one rank, which is least where g divides both p and P. So guidance
             that needs one pass of a step leaves no rank idle: all of them share its sequence.
     text    encoded by rank 0, which alone loads the encoders.
-    tiles   of the autoencoder are dealt out in turn, and every rank gets all results.
+    tiles   of the autoencoder are dealt out so that all ranks have about as much, and every rank gets all results.
 
 World rank = group * (P / g) + rank in the group's `ContextParallel`. All ranks make the same calls in the same order.
 Objects travel by gloo, tensors by the backend of their device.
@@ -15,7 +15,7 @@ Shapes   B videos, N tokens of a whole video, n of this rank, C channels of a to
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -39,6 +39,40 @@ Lines = tuple[tuple[int, ...], ...]  # ranks of every group of a partition of th
 
 class AgreedError(UserError):
     """A UserError that every rank raises."""
+
+
+def by_the_first(ranks: SamplingRanks | None, act: Callable[[], Value]) -> Value:
+    """What `act` gives on the first rank, on all of them; its UserError or OSError too, as an AgreedError."""
+    if ranks is None:
+        return act()
+    result: Value | None = None
+    failure: Exception | None = None
+    if ranks.rank == 0:
+        try:
+            result = act()
+        except (UserError, OSError) as error:
+            failure = error
+    ranks.agree(failure)
+    return ranks.share(result)
+
+
+def on_all(ranks: SamplingRanks | None, act: Callable[[], Value]) -> Value:
+    """What `act` gives on each rank; where one raises a UserError or OSError, all raise an AgreedError.
+
+    It may raise them where the other ranks do so too, or come to an `agree` next; other errors end all of them.
+    """
+    if ranks is None:
+        return act()
+    results: list[Value] = []
+    failure: Exception | None = None
+    try:
+        results.append(act())
+    except AgreedError:  # the others know
+        raise
+    except (UserError, OSError) as error:
+        failure = error
+    ranks.agree(failure)
+    return results[0]
 
 
 @dataclass(frozen=True)
@@ -119,7 +153,7 @@ class SamplingRanks:
             dist.broadcast(shared, src=source)
         return shared
 
-    def agree(self, error: UserError | None) -> None:
+    def agree(self, error: Exception | None) -> None:
         """Raise the first error that any rank has, on all of them; nothing where none has one."""
         messages: list[str | None] = [None] * self.size
         with named_failure(dist.group.WORLD, "errors"):
@@ -168,6 +202,17 @@ def split(passes: int, ranks: int) -> int:
     return min((g for g in _divisors(ranks) if g <= passes), key=lambda g: (-(-passes // g) * g, -g))
 
 
+def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of the pieces of these sizes each rank takes: the largest first, each by whoever has least by then."""
+    loads = [0] * ranks
+    dealt: list[list[int]] = [[] for _ in range(ranks)]
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        rank = loads.index(min(loads))
+        dealt[rank].append(index)
+        loads[rank] += sizes[index]
+    return dealt
+
+
 def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
@@ -183,24 +228,25 @@ class _SpreadTiles:
         if len(tiles) == 1:
             return self._local(apply, tiles)
         ranks = self._ranks
+        dealt = deal([tile.numel() for tile in tiles], ranks.size)
         mine: list[Tensor] = []
         failure: Exception | None = None
         try:
-            mine = self._local(apply, tiles[ranks.rank :: ranks.size])
+            mine = self._local(apply, [tiles[index] for index in dealt[ranks.rank]])
         except Exception as error:  # told to the ranks that would wait for the results
             failure = error
         reports: list[Any] = [None] * ranks.size
-        report = [(x.shape, x.dtype) for x in mine] if failure is None else f"{type(failure).__name__}: {failure}"
+        report: Any = [(x.shape, x.dtype) for x in mine]
+        if failure is not None:
+            report = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
         with named_failure(dist.group.WORLD, "the sizes of tiles"):
             dist.all_gather_object(reports, report)
-        if failure is not None:
-            raise failure
         failed = [f"rank {rank}: {report}" for rank, report in enumerate(reports) if isinstance(report, str)]
         if failed:
-            raise RuntimeError(f"tiles of the autoencoder failed on {'; '.join(failed)}")
-        results = []
-        for index in range(len(tiles)):
-            place, source = divmod(index, ranks.size)
-            shape, dtype = reports[source][place]
-            results.append(ranks.broadcast(mine[place] if source == ranks.rank else None, shape, dtype, source))
-        return results
+            raise AgreedError(f"tiles of the autoencoder failed on {'; '.join(failed)}") from failure
+        results: dict[int, Tensor] = {}
+        for source, indexes in enumerate(dealt):
+            for place, index in enumerate(indexes):
+                shape, dtype = reports[source][place]
+                results[index] = ranks.broadcast(mine[place] if source == ranks.rank else None, shape, dtype, source)
+        return [results[index] for index in range(len(tiles))]

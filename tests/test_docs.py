@@ -27,16 +27,19 @@ COMMANDS = [
 
 
 def smaller(command: str) -> list[str]:
-    """The words of a command; of `sample` with sizes for a CPU behind them, where the last of an option counts."""
+    """The words of a command; of `sample` with sizes for a CPU behind them, where the last of an option counts.
+
+    A command that names a resolution gets the smallest in its place, and keeps the shape that it names.
+    """
     words = shlex.split(command)
     if words[1] != "sample":
         return words[1:]
     dcae = "ckpts-dcae" in words
     frames = "8" if dcae else "41" if "--video" in words else "9"
     side = "64" if dcae else "32"
-    sizes = ["--steps", "2", "--frames", frames, "--height", side, "--width", side]
+    sizes = ["--resolution", "256px"] if "--resolution" in words else ["--height", side, "--width", side]
     sizes += ["--flux-resolution", "256px"] if "--flux" in words else []
-    return [*words[1:], *sizes]
+    return [*words[1:], "--steps", "2", "--frames", frames, *sizes]
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +58,16 @@ def desk(released_folder, tmp_path_factory) -> Path:
 
 def check_video(path: Path, words: list[str]) -> None:
     """The file has the frames and the size that were asked for last."""
+
+    def last(option: str, otherwise: str = "") -> str:
+        return words[len(words) - words[::-1].index(option)] if option in words else otherwise
+
     found = probe(path)
-    wanted = {
-        name: int(words[len(words) - 1 - words[::-1].index(name) + 1]) for name in ("--frames", "--height", "--width")
-    }
-    assert (found.num_frames, found.height, found.width) == tuple(wanted.values()), path
+    wanted = (last("--height"), last("--width"))
+    if "--resolution" in words:
+        long = "320" if "ckpts-dcae" in words else "336"  # of about 256 x 256 pixels
+        wanted = {"16:9": ("192", long), "9:16": (long, "192")}[last("--aspect-ratio", "16:9")]
+    assert (str(found.num_frames), str(found.height), str(found.width)) == (last("--frames"), *wanted), path
 
 
 def test_every_command_runs(desk, monkeypatch):

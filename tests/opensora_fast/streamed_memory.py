@@ -38,6 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.zeros(1000, 1000).bfloat16().sum()  # what the first operations of their kind take
     files = WeightFiles.open(checkpoint)
+    if any(case.startswith("cuda") for case in cases):
+        load_mmdit_from(files, device="cuda")  # what the driver, its kernels and pinned memory take
     print(json.dumps([measure(files, *case.split(":")) for case in cases]))
 
 

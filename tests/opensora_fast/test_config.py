@@ -1,6 +1,7 @@
 """Configurations: what they accept, what they refuse, and that JSON keeps them."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
@@ -58,6 +59,11 @@ def test_derived_sizes():
         (VideoDCAEConfig, TWO_STAGES | {"encoder_widths": [32, 48]}, "encoder_widths"),
         (VideoDCAEConfig, TWO_STAGES | {"decoder_widths": [24, 64], "temporal_downsample": [0, 0]}, "decoder_widths"),
         (VideoDCAEConfig, {"scaling_factor": 0.0}, "scaling_factor"),
+        (VideoDCAEConfig, {"scaling_factor": math.inf}, "scaling_factor"),
+        (HunyuanVAEConfig, {"scaling_factor": math.inf}, "scaling_factor"),
+        (HunyuanVAEConfig, {"scaling_factor": math.nan}, "scaling_factor"),
+        (HunyuanVAEConfig, {"shift_factor": math.nan}, "shift_factor"),
+        (HunyuanVAEConfig, {"shift_factor": -math.inf}, "shift_factor"),
         (VideoDCAEConfig, {"tile_overlap_factor": 1.0}, "tile_overlap_factor"),
         (VideoDCAEConfig, {"use_spatial_tiling": True, "spatial_tile_size": 100}, "spatial_tile_size"),
     ],

@@ -56,6 +56,36 @@ def test_several_prompts_are_several_videos(pipe):
     assert np.abs(videos[1] - other[1]).max() > 1e-3
 
 
+def test_one_picture_for_each_prompt(pipe, picture):
+    other = np.roll(picture, 20, 1)
+    both = pipe(["rain", "snow"], image=[picture, Image.fromarray(other)], seed=1, **SMALL).frames
+    alone = pipe("snow", image=other, seed=2, **SMALL).frames
+    np.testing.assert_allclose(both[1], alone[0], atol=1e-4)
+    same = pipe(["rain", "snow"], image=picture, seed=1, **SMALL).frames
+    np.testing.assert_allclose(both[0], same[0], atol=1e-4)
+    assert np.abs(both[1] - same[1]).max() > 1e-3
+
+
+def test_what_users_of_diffusers_write(pipe, released_folder):
+    assert pipe.to("cpu") is pipe
+    assert pipe.device == torch.device("cpu")
+    with pytest.raises(UserError, match="device meta: the weights are on cpu; load with from_pretrained"):
+        pipe.to("meta")
+    result = pipe("rain", seed=1, **SMALL)
+    assert result[0] is result.frames
+    folder = released_folder("open-sora-v2")
+    half = VideoPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert half.models.model.dtype == torch.bfloat16
+    for arguments, message in (
+        ({"dtype": "bfloat16"}, "dtype='bfloat16': pass a torch.dtype"),
+        ({"dtype": torch.float32, "torch_dtype": torch.float32}, "give one of them"),
+        ({"device": "gpu"}, "device='gpu': is none"),
+        ({"device": "cuda:99"}, "device='cuda:99': this machine has"),
+    ):
+        with pytest.raises(UserError, match=message):
+            VideoPipeline.from_pretrained(folder, **arguments)
+
+
 def test_a_generator_draws_the_seed_and_goes_on(pipe):
     def pair(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -108,6 +138,33 @@ def test_videos_in_every_form(picture, tmp_path):
     assert torch.equal(thinned, all_frames[:, [7, 9, 11]])
     with pytest.raises(UserError, match="12 frames at 24 per second are not the 7 at 12"):
         clip_pixels(tmp_path / "v.mp4", 7, 12, (32, 32), "tail")
+
+
+@pytest.mark.parametrize(
+    ("rate", "taken"),
+    [
+        (24, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (24000 / 1001, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (25, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (30000 / 1001, [0, 1, 2, 4, 5, 6, 7, 9, 10]),
+        (30, [0, 1, 3, 4, 5, 6, 8, 9, 10]),
+        (60, [0, 3, 5, 8, 10, 13, 15, 18, 20]),
+        (12, [0, 1, 1, 2, 2, 3, 3, 4, 4]),
+    ],
+)
+def test_a_file_of_any_rate_keeps_its_speed(rate, taken, tmp_path):
+    greys = torch.linspace(-1, 1, 24)[None, :, None, None].expand(3, 24, 32, 32)
+    write_video(tmp_path / "v.mp4", greys, rate)
+    for end, start in (("head", 0), ("tail", 23 - taken[-1])):
+        pixels = clip_pixels(tmp_path / "v.mp4", 9, 24, (32, 32), end)
+        found = ((pixels.mean((0, 2, 3)) + 1) * 23 / 2).round().int()
+        assert found.tolist() == [start + index for index in taken]
+
+
+def test_a_picture_is_no_video(tmp_path):
+    write_image(tmp_path / "a.png", torch.zeros(3, 16, 16))
+    with pytest.raises(UserError, match="1 frames at 0 per second are not the 5 at 24"):
+        clip_pixels(tmp_path / "a.png", 5, 24, (32, 32), "head")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +231,14 @@ def test_a_budget_is_for_the_largest_video(released_folder):
         ({"output_type": "mp4"}, "output_type='mp4': use 'np', 'pt' or 'pil'"),
         ({"negative_prompt": ["a", "b"]}, "negative"),
         ({"prompt": []}, "prompt is an empty list"),
+        ({"prompt": None}, "prompt=None: must be text"),
+        ({"prompt": [1]}, "prompt=1: must be text"),
+        ({"negative_prompt": [None]}, "negative_prompt=None: must be text"),
+        ({"num_frames": 5.0}, "frames=5.0: must be a whole number"),
+        ({"num_inference_steps": "1"}, "steps='1': must be a whole number"),
+        ({"guidance_scale": "7"}, "guidance='7': must be a number"),
+        ({"generator": [torch.Generator()]}, "generator: pass one for the call"),
+        ({"image": [np.zeros((4, 4, 3), np.uint8)] * 2}, "image: 2 pictures for 1 prompts"),
         ({"video": "v.mp4", "image": "a.png"}, "a video cannot be combined"),
     ],
 )

@@ -25,6 +25,10 @@ with joined() as ranks:
     print(f"rank {ranks.rank} of {ranks.size}", flush=True)
     if what == "agree":
         ranks.agree(UserError("no such file") if ranks.rank == 1 else None)
+    if what == "raise" and ranks.rank == 1:
+        raise UserError("no memory on rank 1")
+    if what == "break" and ranks.rank == 1:
+        raise ZeroDivisionError("a bug")
     if what == "die" and ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "wait":
@@ -86,6 +90,18 @@ def test_an_agreed_error_is_one_line(program, tmp_path, capfd):
     assert launch(2, [*program, "agree", str(tmp_path)]) == 2
     told = capfd.readouterr().err.splitlines()
     assert [line for line in told if "Gloo" not in line] == ["error: no such file"]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "line"),
+    [("raise", 2, "error: no memory on rank 1"), ("break", 1, "ZeroDivisionError: a bug")],
+)
+def test_an_error_of_one_rank_ends_those_that_wait_for_it(what, code, line, program, tmp_path, capfd):
+    """The other rank is in an exchange, which fails with the connection: the launcher ends it before it tells that."""
+    assert launch(2, [*program, what, str(tmp_path)]) == code
+    told = [each for each in capfd.readouterr().err.splitlines() if "Gloo" not in each]
+    assert told[-1] == line
+    assert what == "break" or told == [line]
 
 
 def test_ctrl_c_reaches_every_rank(program, tmp_path):

@@ -13,7 +13,14 @@ from opensora_fast import cli, video_io
 from opensora_fast.memory_plan import MemoryPlan
 from opensora_fast.memory_prediction import MemorySettings
 from opensora_fast.pipeline import VideoPipeline
-from opensora_fast.video_io import read_clip, read_image_metadata, read_video_metadata, write_image, write_video
+from opensora_fast.video_io import (
+    read_clip,
+    read_image,
+    read_image_metadata,
+    read_video_metadata,
+    write_image,
+    write_video,
+)
 
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
@@ -114,7 +121,7 @@ def test_a_picture_of_flux_begins_the_video(released_folder, ckpts, tmp_path):
         assert sample(ckpts, outs[name], *words) == 0
         assert measured(outs[name])[:3] == (5, 32, 32)
         assert record(outs[name])["condition"] == "i2v_head"
-        assert record(outs[name])["flux"] == str(folder)
+        assert record(outs[name])["flux"].startswith(str(folder))
     assert sample(ckpts, tmp_path / "plain.mp4", "--frames", 5) == 0
     assert not np.array_equal(read_clip(outs["released"], 0, 5), read_clip(tmp_path / "plain.mp4", 0, 5))
 
@@ -171,9 +178,22 @@ def test_a_negative_prompt_changes_the_video(ckpts, tmp_path):
 
 def test_a_preview_every_few_steps(ckpts, tmp_path):
     assert sample(ckpts, tmp_path / "out.mp4", "--frames", 9, "--steps", 3, "--preview-every", 2) == 0
-    with av.open(str(tmp_path / "out.preview.png")) as container:
-        frame = next(container.decode(video=0))
-        assert (frame.height, frame.width) == (32, 32)
+    latents = {}
+    pipe = VideoPipeline.from_pretrained(ckpts)
+    pipe(
+        "rain",
+        num_frames=9,
+        num_inference_steps=3,
+        resolution="32px",
+        aspect_ratio="1:1",
+        callback_on_step_end=lambda _, step, __, tensors: latents.update({step + 1: tensors["latents"]}),
+    )
+    middle = pipe.models.autoencoder.decode(latents[2][:, :, [1]])[0, :, :1]
+    write_image(tmp_path / "expected.png", middle.clamp(-1, 1))
+    frames = [read_image(tmp_path / f"{name}.png").astype(int) for name in ("out.preview", "expected")]
+    assert frames[0].shape == (1, 32, 32, 3)
+    assert frames[0].std() > 0
+    assert np.abs(frames[0] - frames[1]).max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -278,8 +298,86 @@ def test_a_failure_while_sampling_does_not_stop_the_rest(ckpts, tmp_path, monkey
 
     monkeypatch.setattr(VideoPipeline, "make", failing)
     assert sample(ckpts, tmp_path / "out", "--prompts", prompts, "--frames", 5, prompt=None) == 1
-    assert "list_0002: CUDA out of memory. Tried to allocate much\n" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "list_0002: the GPU's memory is full (CUDA out of memory. Tried to allocate much): " in said
+    assert "--memory-budget 24GiB" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["list_0001.mp4", "list_0003.mp4"]
+
+
+def test_a_bug_in_one_row_is_shown_and_does_not_stop_the_rest(ckpts, tmp_path, monkeypatch, capsys):
+    prompts = write_rows(tmp_path / "list.csv", ["prompt"], ["rain"], ["snow"])
+    make = VideoPipeline.make
+
+    def failing(pipe, prompts, *arguments, **options):
+        if prompts == ["rain"]:
+            raise TypeError("an int is no str")
+        return make(pipe, prompts, *arguments, **options)
+
+    monkeypatch.setattr(VideoPipeline, "make", failing)
+    assert sample(ckpts, tmp_path / "out", "--prompts", prompts, "--frames", 5, prompt=None) == 1
+    said = capsys.readouterr().err
+    assert "in failing" in said  # where it was raised
+    assert "list_0001: an int is no str" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["list_0002.mp4"]
+
+
+@pytest.fixture
+def list_of_one(ckpts, files, tmp_path):
+    """A row with an image, made; the words of its command, and the result."""
+    (tmp_path / "first.png").write_bytes((files / "first.png").read_bytes())
+    prompts = write_rows(tmp_path / "list.csv", ["prompt", "ref"], ["rain", tmp_path / "first.png"])
+    words = ["--prompts", prompts, "--frames", 5, "--steps", 1, "--guidance", 1, "--guidance-image", 1]
+    assert sample(ckpts, tmp_path / "out", *words, prompt=None) == 0
+    return words, tmp_path / "out" / "list_0001.mp4"
+
+
+def test_a_result_that_was_cut_off_is_not_there(list_of_one, ckpts, capsys):
+    words, result = list_of_one
+    data = result.read_bytes()
+    result.write_bytes(data[: len(data) * 6 // 10])
+    assert sample(ckpts, result.parent, *words, prompt=None) == 1
+    said = capsys.readouterr().err
+    assert f"list_0001: {result}: is there, but cut off or damaged; delete it, and it is made again" in said
+    result.unlink()
+    assert sample(ckpts, result.parent, *words, prompt=None) == 0
+    assert result.read_bytes() == data
+
+
+def test_results_of_other_files_are_of_another_request(list_of_one, ckpts, files, tmp_path, monkeypatch, capsys):
+    words, result = list_of_one
+    other = tmp_path / "other.safetensors"
+    other.write_bytes((ckpts / "hunyuan_vae.safetensors").read_bytes())
+    assert sample(ckpts, result.parent, *words, "--autoencoder", other, prompt=None) == 1
+    assert "is there of another request (autoencoder=" in capsys.readouterr().err
+    monkeypatch.chdir(result.parent)
+    for spelled in (f"../out/../{ckpts.name}", tmp_path / "link"):
+        for link in (tmp_path / ckpts.name, tmp_path / "link"):
+            link.is_symlink() or link.symlink_to(ckpts)
+        assert sample(spelled, "../out", *words, prompt=None) == 0
+        assert "0 made; 1 were there" in capsys.readouterr().err
+    (tmp_path / "first.png").write_bytes((files / "last.png").read_bytes())
+    assert sample(ckpts, result.parent, *words, prompt=None) == 1
+    assert "is there of another request (image_contents=" in capsys.readouterr().err
+
+
+def test_the_picture_of_flux_is_checked_for_each_row_before_any_weights(ckpts, files, tmp_path, monkeypatch, capsys):
+    prompts = write_rows(tmp_path / "list.csv", ["prompt", "ref"], ["rain", ""], ["snow", files / "first.png"])
+    words = ["--prompts", prompts, "--frames", 5, "--flux", ckpts, "--flux-resolution", "3px"]
+    painted = []
+    monkeypatch.setattr(VideoPipeline, "_painted", lambda *arguments: painted.append(arguments))
+    assert sample(ckpts, tmp_path / "out", *words, prompt=None) == 1
+    said = capsys.readouterr().err
+    assert "list_0001: resolution '3px' is too small" in said
+    assert "1 made; 1 failed: list_0001" in said
+    assert painted == []
+    assert record(tmp_path / "out" / "list_0002.mp4")["image"] == str(files / "first.png")
+
+
+def test_previews_have_names_of_their_own(ckpts, tmp_path, capsys):
+    prompts = write_rows(tmp_path / "list.csv", ["prompt", "name"], ["rain", "a.preview"], ["snow", "a"])
+    words = ["--prompts", prompts, "--frames", 1, "--preview-every", 1]
+    assert sample(ckpts, tmp_path / "out", *words, prompt=None) == 1
+    assert "names that end in .preview are those of previews" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(ckpts, tmp_path, monkeypatch, capsys):
@@ -324,10 +422,17 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(ckpts, tmp_pat
         ),
         (["--image", "clip.csv"], "clip.csv: cannot be read"),
         (["--flux", "."], "--flux .: holds no flux1-dev.safetensors"),
-        (["--flux", "ckpts", "--image", "first.png"], "--flux makes the image that the video begins with"),
-        (["--flux", "ckpts", "--frames", "1", "--out", "out.png"], "an image cannot begin or end with one"),
+        (["--flux", "ckpts", "--image", "first.png"], "--flux makes the image that a video begins with"),
+        (["--flux", "ckpts", "--frames", "1", "--out", "out.png"], "--flux makes the image that a video begins with"),
+        (["--flux", "ckpts", "--condition", "t2v"], "--flux makes the image that a video begins with"),
+        (["--flux", "ckpts", "--flux-resolution", "7pxx"], "resolution '7pxx' is not known"),
+        (["--flux", "ckpts", "--flux-resolution", "3px"], "resolution '3px' is too small"),
+        (["--out", "/proc/out.mp4"], "--out /proc/out.mp4: "),
+        (["--out", "folder.mp4"], "folder.mp4: is a folder; choose another name"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "\ud800"], "is no Unicode text"),
         (["--autoencoder", "nowhere"], "--autoencoder nowhere: does not exist"),
-        (["--autoencoder", "ckpts/flux1-dev-ae.safetensors"], "holds FLUX's autoencoder"),
+        (["--autoencoder", "ckpts/flux1-dev-ae.safetensors"], "holds FLUX's image autoencoder"),
         (["--autoencoder", "dcae/F32T4C128_AE.safetensors"], "its latents have 8 channels"),
         (["--t5", "nowhere"], "--t5 nowhere: no such folder"),
         (["--t5", "ckpts/openai/clip-vit-large-patch14"], "d_model=None, and the transformer takes 48"),
@@ -343,7 +448,7 @@ def test_an_interrupt_leaves_whole_files_and_the_next_run_goes_on(ckpts, tmp_pat
         (["--checkpoint", "ckpts/flux1-dev.safetensors"], "flux1-dev.safetensors makes pictures (FLUX)"),
         (["--checkpoint", "both"], "holds Open_Sora_v2.safetensors and copy.safetensors; name the one to use"),
         (["--checkpoint", "empty"], "holds no video transformer"),
-        (["--checkpoint", "ckpts/hunyuan_vae.safetensors"], "holds the Hunyuan video autoencoder"),
+        (["--checkpoint", "ckpts/hunyuan_vae.safetensors"], "holds a Hunyuan VAE"),
         (
             ["--checkpoint", "alone"],
             "alone/Open_Sora_v2.safetensors: no autoencoder of 16 latent channels lies beside it",
@@ -359,6 +464,7 @@ def test_a_request_that_cannot_be_met_is_one_line(
     (tmp_path / "ckpts").symlink_to(ckpts)
     (tmp_path / "dcae").symlink_to(released_folder("dcae"))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.mp4").mkdir()
     for name, file in (("flux", "flux1-dev.safetensors"), ("alone", "Open_Sora_v2.safetensors")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).symlink_to(ckpts / file)
@@ -399,3 +505,10 @@ def test_options_of_one_request_do_not_go_with_a_file_of_them(ckpts, files, tmp_
     assert "--image goes with --prompt" in capsys.readouterr().err
     assert sample(ckpts, tmp_path / "out.mp4", "--prompts", prompts, prompt=None) == 2
     assert "is the folder of what --prompts makes" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_cut_is_told(ckpts, tmp_path, capsys):
+    assert sample(ckpts, tmp_path / "o.png", "--frames", 1, prompt="rain, " * 400) == 0
+    captured = capsys.readouterr()
+    [told] = [line for line in (captured.out + captured.err).splitlines() if "of which T5 reads 512" in line]
+    assert told.startswith("prompt 'rain, rain")

@@ -5,8 +5,11 @@ import csv
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from opensora_fast import cli
+from opensora_fast.errors import UserError
+from opensora_fast.pipeline import VideoPipeline
 from opensora_fast.video_io import probe, read_clip, write_image
 
 pytest.importorskip("transformers")
@@ -36,6 +39,34 @@ def test_several_processes_make_the_file_of_one(size, ranks, ckpts, tmp_path):
     assert ranks(size).run("opensora_fast/test_sample_processes.py:run_all", [call]) == [[0]] * size
     assert sample(ckpts, tmp_path / "one.mp4", *words) == 0
     check_equal(tmp_path / "one.mp4", tmp_path / "several.mp4")
+
+
+def run_with_failures(calls):
+    """On a rank: "snow" fails alike on all ranks before they meet, "wind" on the second alone after they met."""
+    make = VideoPipeline.make
+
+    def failing(pipe, prompts, *arguments, **options):
+        if prompts == ["snow"]:
+            raise UserError("no snow")
+        video = make(pipe, prompts, *arguments, **options)
+        if prompts == ["wind"] and dist.get_rank() == 1:
+            raise OSError("no wind")
+        return video
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoPipeline, "make", failing)
+        return run_all(calls)
+
+
+def test_a_request_that_fails_on_several_processes_does_not_stop_the_rest(ranks, ckpts, tmp_path):
+    prompts = tmp_path / "list.csv"
+    (tmp_path / "out" / ".list_0004.mp4.part").mkdir(parents=True)  # cannot be written
+    prompts.write_text("prompt\nsnow\nwind\nrain\nsun\n")
+    call = [str(ckpts), str(tmp_path / "out"), "--prompts", str(prompts), "--frames", "5"]
+    found = ranks(2).run("opensora_fast/test_sample_processes.py:run_with_failures", [call])
+    assert found == [[1], [1]]
+    made = {path.name for path in (tmp_path / "out").glob("*.mp4")}
+    assert made - {"list_0002.mp4"} == {"list_0003.mp4"}  # the first had written the second before it heard
 
 
 def check_equal(one, several):
@@ -72,7 +103,7 @@ def test_lists_conditions_pictures_and_previews_on_several_processes(size, ranks
 def test_nproc_starts_them(ckpts, tmp_path, capfd):
     (tmp_path / "list.csv").write_text("prompt,frames\nrain,5\nsnow,6\n")
     words = ["--prompts", tmp_path / "list.csv", "--nproc", 2]
-    assert sample(ckpts, tmp_path / "out", *words) != 0
+    assert sample(ckpts, tmp_path / "out", *words) == 1
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["list_0001.mp4"]
     assert "1 made; 1 failed: list_0002" in capfd.readouterr().err
     assert sample(ckpts, tmp_path / "out.mp4", "--prompt", "rain", "--frames", 5, "--nproc", 2) == 0

@@ -111,6 +111,9 @@ def test_what_ref_is(ref, condition, expected, by_row, folder):
         ({"text": "x", "ref": "n" * 300}, "File name too long"),
         ({"text": "x", "seed": 10**30}, "seed=1000000000000000000000000000000"),
         ([1], "is no JSON object: [1]"),
+        ({"text": "\ud800"}, "prompt='\\ud800': is no Unicode text"),
+        ({"text": "x", "name": "\ud800"}, "name='\\ud800': is no Unicode text"),
+        ({"text": "x", "ref": "\ud800.png"}, "is no Unicode text"),
     ],
 )
 def test_a_broken_row_is_one_of_its_own(row, message, folder):
@@ -127,6 +130,10 @@ def test_lines_that_are_no_rows(folder):
     first, broken, last = read(folder, '{"text": "x"}\n{"text": \n{"text": "y"}\n', ".jsonl")
     assert "is no JSON" in str(broken.error)
     assert (first.prompt, last.prompt) == ("x", "y")
+    for line in ('{"text": "x", "seed": ' + "9" * 5000 + "}", "[" * 100_000):
+        first, broken, last = read(folder, f'{{"text": "x"}}\n{line}\n{{"text": "y"}}\n', ".jsonl")
+        assert "is no JSON" in str(broken.error)
+        assert (first.prompt, last.prompt) == ("x", "y")
     first, broken, last = read(folder, "text,seed\nx,1\nrain, fog, sun\ny\n")
     assert "has 3 cells for 2 columns; put cells with commas in quotes" in str(broken.error)
     assert (first.settings.seed, last.prompt) == (1, "y")
@@ -194,9 +201,22 @@ def test_samples_of_a_request_have_seeds_of_their_own():
 def test_flux_is_an_image_that_is_still_to_come(folder):
     assert given_files(None, None, None, None, painted=True) == Given(condition="i2v_head")
     assert given_files(None, None, folder / "b.png", None, painted=True).condition == "i2v_loop"
-    for files in [(folder / "a.png", None, None), (None, None, folder / "v.mp4")]:
-        with pytest.raises(UserError, match="--flux makes the image"):
-            given_files(None, *files, painted=True)
+
+
+def test_flux_paints_for_the_rows_that_can_have_an_image_and_give_none(folder):
+    rows = [
+        {"text": "x"},
+        {"text": "x", "last": "b.png"},
+        {"text": "x", "ref": "a.png"},
+        {"text": "x", "ref": "v.mp4"},
+        {"text": "x", "condition": "t2v"},
+        {"text": "x", "last": "b.png", "condition": "i2v_tail"},
+        {"text": "x", "frames": 1},
+    ]
+    requests = read(folder, "\n".join(map(json.dumps, rows)), ".jsonl", flux=True)
+    conditions = [request.given.condition for request in requests]
+    assert conditions == ["i2v_head", "i2v_loop", "i2v_head", "v2v_head", "t2v", "i2v_tail", "t2v"]
+    assert [request.given.image is not None for request in requests] == [False, False, True, *[False] * 4]
 
 
 def test_conditions_of_what_is_there():

@@ -18,7 +18,7 @@ from opensora_fast.flow import sampling_schedule
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.process_group import joined, leave
 from opensora_fast.sampling import denoise, sample
-from opensora_fast.sampling_ranks import AgreedError, SamplingRanks, split
+from opensora_fast.sampling_ranks import AgreedError, SamplingRanks, deal, split
 from opensora_fast.sampling_settings import SamplingSettings
 from opensora_fast.text import SharedTextEncoders
 from opensora_fast.tiling import BatchedTiles
@@ -324,15 +324,26 @@ def failing_tile():
 
     try:
         here().tiles(apply, [torch.tensor([float(index)]) for index in range(3)])
-    except (MemoryError, RuntimeError) as error:
+    except AgreedError as error:
         return f"{type(error).__name__}: {error}"
 
 
 def test_a_tile_that_fails_ends_the_call_on_every_rank(ranks):
-    first, second, third = ranks(3).run(f"{FILE}:failing_tile")
-    assert second == "MemoryError: tile 1 is too large"
-    for told in (first, third):
-        assert told.startswith("RuntimeError: tiles of the autoencoder failed on rank 1: MemoryError")
+    expected = "AgreedError: tiles of the autoencoder failed on rank 1: MemoryError: tile 1 is too large"
+    assert ranks(3).run(f"{FILE}:failing_tile") == [expected] * 3
+
+
+@given(sizes=st.lists(st.integers(1, 100), max_size=20), size=st.integers(1, 8))
+def test_no_rank_has_a_tile_more_than_it_must(sizes, size):
+    dealt = deal(sizes, size)
+    assert sorted(index for indexes in dealt for index in indexes) == list(range(len(sizes)))
+    loads = [sum(sizes[index] for index in indexes) for indexes in dealt]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_narrow_tiles_are_not_all_one_ranks():
+    """Whole tiles and narrow ones by turns: dealt out in turn, every other rank would have twice as much."""
+    assert deal([2, 1] * 6, 4) == [[0, 8, 9], [2, 10, 11], [4, 1, 5], [6, 3, 7]]
 
 
 def loaded():

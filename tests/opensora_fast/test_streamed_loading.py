@@ -366,3 +366,11 @@ def test_a_model_partly_on_a_cuda_device_is_filled_where_it_is(tmp_path, monkeyp
     assert model.double_blocks[0].img.qkv.weight.is_cuda
     assert not model.img_in.weight.is_cuda
     assert_same(model.cpu(), load_released_mmdit(tensors, asdict(TINY) | LAYOUTS[2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, which has the weights")
+def test_a_cuda_device_is_reached_without_a_copy_in_host_memory(tmp_path):
+    config = MMDiTConfig(hidden_size=768, num_heads=6, depth=4, depth_single_blocks=8)
+    largest = synthetic_checkpoint(tmp_path / "weights", config, 200 * 2**20)
+    check_host_memory(tmp_path / "weights", largest, streamed_loading.BLOCK_BYTES, ["cuda:bfloat16", "cuda:float32"])
