@@ -36,10 +36,11 @@ CSRC = Path(__file__).parents[1] / "csrc"  # there in a checkout
 
 
 def examine() -> dict[str, Any]:
-    """Everything that doctor tells, as plain data: versions, gpus, native, runtime, ops, attention, extras."""
+    """Everything that doctor tells, as plain data: versions, gpus, errors, native, runtime, ops, attention, extras."""
     return {
         "versions": _versions(),
         "gpus": _gpus(),
+        "errors": _errors(),
         "native": _native(),
         "runtime": _runtime(),
         "ops": _ops(),
@@ -56,6 +57,7 @@ def _installed(distribution: str) -> str | None:
 
 
 def _versions() -> dict[str, str | None]:
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     driver = re.search(r"\d+\.\d+(\.\d+)?", DRIVER.read_text()) if DRIVER.exists() else None
     return {
         "opensora-fast": _installed("opensora-fast"),
@@ -63,8 +65,31 @@ def _versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": _installed("triton"),
         "CUDA of torch": torch.version.cuda,
+        "cuDNN": _cudnn(cudnn) if cudnn else None,
         "NVIDIA driver": driver.group() if driver else None,
     }
+
+
+def cudnn_error(version: int | None, cuda: str | None) -> str | None:
+    """What is wrong with cuDNN of this number (91002: 9.10.2) for the autoencoders; None: nothing.
+
+    PyTorch keeps 3D convolutions of 16-bit tensors from cuDNN 9.8 to 9.14, and computes them by way of columns:
+    27 times the input for a kernel of 3 x 3 x 3.
+    Source: https://github.com/pytorch/pytorch/pull/163581
+    """
+    if version is None or not 90800 <= version < 91500:
+        return None
+    package = f"nvidia-cudnn-cu{cuda.split('.')[0]}" if cuda else "nvidia-cudnn"
+    return (
+        f"cuDNN {_cudnn(version)} does not run 3D convolutions in bfloat16, whose replacement takes many times the "
+        f"memory: run pip install '{package}>=9.15'"
+    )
+
+
+def _cudnn(version: int) -> str:
+    """From 9 on a number is major x 10,000 + minor x 100 + patch, before that major x 1,000."""
+    major, rest = divmod(version, 10_000 if version >= 90_000 else 1_000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 def _gpus() -> list[str]:
@@ -73,6 +98,14 @@ def _gpus() -> list[str]:
         of = torch.cuda.get_device_properties(index)
         gpus.append(f"{of.name}, sm_{of.major}{of.minor}, {of.total_memory / 2**30:.0f} GiB")
     return gpus
+
+
+def _errors() -> list[str]:
+    """What makes this machine's GPUs of no use for a part of the work, with the remedy."""
+    if not torch.cuda.is_available():
+        return []
+    error = cudnn_error(torch.backends.cudnn.version(), torch.version.cuda)
+    return [error] if error else []
 
 
 def _native() -> dict[str, Any]:
@@ -144,6 +177,7 @@ def _sections(told: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
     return {
         "versions": [(name, version or "-") for name, version in told["versions"].items()],
         "GPU": [(str(index), gpu) for index, gpu in enumerate(told["gpus"])] or [("none", "ops run on the CPU")],
+        "errors": [("error", error) for error in told["errors"]],
         "native module": [(name, str(value)) for name, value in told["native"].items() if value != ""],
         "runtime": list(told["runtime"].items()),
         "ops": [
@@ -185,7 +219,10 @@ def _print(told: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Print what `examine` finds, as a table or with --json; returns 1 when an op cannot run as it was told to."""
+    """Print what `examine` finds, as a table or with --json.
+
+    Returns 1 when there is an error, or an op cannot run as it was told to.
+    """
     parser = Parser(prog="opensora-fast doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(argv)
@@ -194,4 +231,5 @@ def main(argv: list[str]) -> int:
         print(json.dumps(told, indent=2))
     else:
         _print(told)
-    return int(any("error" in of for devices in told["ops"].values() for of in devices.values()))
+    refused = any("error" in of for devices in told["ops"].values() for of in devices.values())
+    return int(refused or bool(told["errors"]))

@@ -39,6 +39,12 @@ class Guidance:
         image_T = self._image_scale(step)
         return {"text": text, "condition": image_T - text, "nothing": 1 - image_T}
 
+    def table(self, *, conditioned: bool) -> tuple[list[str], Tensor]:
+        """The keys of `weights` and its values for every step: K names and [steps, K, T] float64 on the CPU."""
+        weights = [self.weights(step, conditioned=conditioned) for step in range(self.num_steps)]
+        rows = [torch.stack([weight_T.expand(self.latent_frames) for weight_T in of.values()]) for of in weights]
+        return list(weights[0]), torch.stack(rows)
+
     @staticmethod
     def _scale(scale: float, oscillate: bool, step: int) -> float:
         steady = step < _STEADY_STEPS or step % 2 == 0 or not oscillate

@@ -33,7 +33,10 @@ from opensora_fast.config import HunyuanVAEConfig
 from opensora_fast.errors import UserError
 from opensora_fast.tiling import BatchedTiles, Network, TileRunner, Tiles, tile_video
 
-CHUNK = 2**30  # elements of a convolution's padded input or output
+# Elements of a convolution's padded input or output. Beside the padded piece and its result cuDNN may take workspace
+# for both once more in the layout of its tensor cores; nothing predicts that, and in pieces of half a GiB (bfloat16) it
+# is small. Smaller pieces would read the frames that two of them share too often.
+CHUNK = 2**28
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 

@@ -22,7 +22,7 @@ from opensora_fast.checkpoint_folder import load_autoencoder, load_mmdit, load_t
 from opensora_fast.compiled_blocks import compile_blocks
 from opensora_fast.errors import UserError
 from opensora_fast.flux import FluxImages, flux_files, read_autoencoder
-from opensora_fast.memory_plan import choose_memory, parse_bytes
+from opensora_fast.memory_plan import CONTEXT, choose_memory, parse_bytes
 from opensora_fast.memory_prediction import MemorySettings, PictureNeeds, SamplingShape, TextNeeds
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.model_folder import ModelFolder, autoencoder_layout
@@ -87,8 +87,8 @@ def load_models(
     memory = by_the_first(ranks, lambda: choose(parts, options, wanted))
     settings = memory.settings or MemorySettings()
     phases = Phases(device)
-    if options.memory_budget is not None and device.type == "cuda":
-        _limit(parse_bytes(options.memory_budget), device)
+    if device.type == "cuda":
+        _limit(None if options.memory_budget is None else parse_bytes(options.memory_budget), device)
 
     def load_text() -> PromptEncoding:
         away = settings.text == "while_used"
@@ -154,6 +154,8 @@ def _place(options: LoadOptions, ranks: SamplingRanks | None) -> tuple[torch.dev
         device = ranks.device
     else:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())  # some calls take no GPU without its number
     return device, options.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
@@ -205,10 +207,13 @@ def _largest(shapes: Sequence[SamplingShape]) -> list[SamplingShape]:
     return list(distinct.values())
 
 
-def _limit(budget: int, device: torch.device) -> None:
-    """Let PyTorch's allocator take no more than the budget."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+def _limit(budget: int | None, device: torch.device) -> None:
+    """Let PyTorch's allocator take no more than the budget leaves it beside the context; None: all that there is."""
+    fraction = 1.0
+    if budget is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        fraction = min(1.0, (budget - CONTEXT) / total)
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
 
 
 def _load_transformer(

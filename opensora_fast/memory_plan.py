@@ -40,7 +40,7 @@ _UNITS |= {f"{prefix}iB": 1024**i for i, prefix in enumerate("KMGT", 1)}
 
 # Left for the CUDA context and loaded kernels, library workspaces, and gaps between the allocator's blocks. An
 # allowance, not a measurement.
-_CONTEXT = GIB
+CONTEXT = GIB
 _GAPS = 0.05  # of the budget
 
 
@@ -72,12 +72,12 @@ def parse_bytes(text: str | int) -> int:
 
 def usable_bytes(budget: int, *, on_gpu: bool = True) -> int:
     """What of a budget tensors may take."""
-    return max(0, math.floor(budget * (1 - _GAPS)) - on_gpu * _CONTEXT)
+    return max(0, math.floor(budget * (1 - _GAPS)) - on_gpu * CONTEXT)
 
 
 def budget_for(tensor_bytes: int, *, on_gpu: bool = True) -> int:
     """The least budget, in whole MiB, of which tensors may take so much."""
-    return math.ceil((tensor_bytes + on_gpu * _CONTEXT) / (1 - _GAPS) / 2**20) * 2**20
+    return math.ceil((tensor_bytes + on_gpu * CONTEXT) / (1 - _GAPS) / 2**20) * 2**20
 
 
 def choose_memory(

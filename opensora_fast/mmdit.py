@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from opensora_fast.config import MMDiTConfig
@@ -54,6 +53,11 @@ class StreamModulation(NamedTuple):
     attention: AdaLN
     mlp: AdaLN
 
+    @classmethod
+    def of(cls, linear_B6D: Tensor) -> "StreamModulation":
+        chunks = linear_B6D.chunk(6, dim=-1)
+        return cls(attention=AdaLN(*chunks[:3]), mlp=AdaLN(*chunks[3:]))
+
 
 class DoubleModulation(NamedTuple):
     img: StreamModulation
@@ -67,15 +71,36 @@ class FinalModulation(NamedTuple):
 
 @dataclass(frozen=True)
 class Modulation:
-    """The modulation of every block for R pairs of (time, pooled text): 27 % of the weights, but no sequence axis."""
+    """The modulation of every block for R pairs of (time, pooled text): 27 % of the weights, but no sequence axis.
 
-    double: list[DoubleModulation]
-    single: list[AdaLN]
-    final: FinalModulation
+    Kept as the linear layers give it: choosing rows takes one kernel for each of them and not for each of their chunks.
+    """
+
+    img_R6D: list[Tensor]  # of the double blocks
+    txt_R6D: list[Tensor]
+    single_R3D: list[Tensor]
+    final_R2D: Tensor
 
     def rows(self, index_B: Tensor) -> "Modulation":
         """The modulation of a batch whose item b has the pair `index_B[b]` (int64 [B], values below R)."""
-        return Modulation(*tree_map(lambda chunk_RD: chunk_RD[index_B], (self.double, self.single, self.final)))
+        return Modulation(
+            [linear[index_B] for linear in self.img_R6D],
+            [linear[index_B] for linear in self.txt_R6D],
+            [linear[index_B] for linear in self.single_R3D],
+            self.final_R2D[index_B],
+        )
+
+    def double(self, block: int) -> DoubleModulation:
+        """That of a double block, in views."""
+        return DoubleModulation(StreamModulation.of(self.img_R6D[block]), StreamModulation.of(self.txt_R6D[block]))
+
+    def single(self, block: int) -> AdaLN:
+        """That of a single block, in views."""
+        return AdaLN(*self.single_R3D[block].chunk(3, dim=-1))
+
+    def final(self) -> FinalModulation:
+        """That of the final layer, in views."""
+        return FinalModulation(*self.final_R2D.chunk(2, dim=-1))
 
 
 class MMDiT(nn.Module):
@@ -162,14 +187,14 @@ class MMDiT(nn.Module):
 
         for i, block in enumerate(self.double_blocks):
             run = recomputed(block) if i < checkpoint_double else block
-            img_BND, txt_BLD = run(img_BND, txt_BLD, rope, modulation.double[i] if modulation else vec_BD, context)
+            img_BND, txt_BLD = run(img_BND, txt_BLD, rope, modulation.double(i) if modulation else vec_BD, context)
 
         x_BSD = torch.cat((txt_BLD, img_BND), dim=1)
         for i, block in enumerate(self.single_blocks):
             run = recomputed(block) if i < checkpoint_single else block
-            x_BSD = run(x_BSD, rope, modulation.single[i] if modulation else vec_BD, context)
+            x_BSD = run(x_BSD, rope, modulation.single(i) if modulation else vec_BD, context)
 
-        return self.final_layer(x_BSD[:, txt_BLD.shape[1] :], modulation.final if modulation else vec_BD)
+        return self.final_layer(x_BSD[:, txt_BLD.shape[1] :], modulation.final() if modulation else vec_BD)
 
     def modulation(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None = None) -> Modulation:
         """Every block's modulation for R pairs: timesteps [R], y_vec [R, vec_in_dim], guidance [R] or None.
@@ -178,10 +203,13 @@ class MMDiT(nn.Module):
         its row with `Modulation.rows`.
         """
         vec_RD = self._condition(timesteps, y_vec, guidance)
+        streams = [cast(Stream, stream) for block in self.double_blocks for stream in (block.img, block.txt)]
+        double_R6D = [stream.modulation(vec_RD) for stream in streams]  # img and txt of a block, then of the next
         return Modulation(
-            double=[cast(DoubleBlock, block).modulate(vec_RD) for block in self.double_blocks],
-            single=[cast(SingleBlock, block).modulate(vec_RD) for block in self.single_blocks],
-            final=self.final_layer.modulate(vec_RD),
+            img_R6D=double_R6D[::2],
+            txt_R6D=double_R6D[1::2],
+            single_R3D=[cast(SingleBlock, block).modulation(vec_RD) for block in self.single_blocks],
+            final_R2D=self.final_layer.modulation(vec_RD),
         )
 
     def _condition(self, timesteps: Tensor, y_vec: Tensor, guidance: Tensor | None) -> Tensor:
@@ -222,8 +250,8 @@ class MMDiT(nn.Module):
             _check_shape("timesteps", timesteps, (B,), "pass one time per item of img")
             _check_shape("y_vec", y_vec, (B, config.vec_in_dim), "pass one pooled CLIP embedding per item of img")
         else:
-            rows = (B, config.hidden_size)
-            _check_shape("modulation", modulation.final.shift_BD, rows, "select one row per item with Modulation.rows")
+            rows = (B, 2 * config.hidden_size)
+            _check_shape("modulation", modulation.final_R2D, rows, "select one row per item with Modulation.rows")
 
 
 class Attention(NamedTuple):
@@ -317,8 +345,7 @@ class Stream(nn.Module):
         self.mlp_out = nn.Linear(M, D)
 
     def modulate(self, vec_BD: Tensor) -> StreamModulation:
-        chunks = self.modulation(vec_BD).chunk(6, dim=-1)
-        return StreamModulation(attention=AdaLN(*chunks[:3]), mlp=AdaLN(*chunks[3:]))
+        return StreamModulation.of(self.modulation(vec_BD))
 
     def project(self, x_BTD: Tensor, adaln: AdaLN) -> Tensor:
         """Queries, keys and values [B, T, 3, H, K]."""

@@ -47,13 +47,14 @@ def joined() -> Iterator[SamplingRanks | None]:
 
     Initialises the process group, with this rank's GPU as the current device (without GPUs ranks share out the
     threads), and at the end waits for all ranks and destroys it; a group that is there already is used and left as it
-    is. An error that all ranks agreed on (`SamplingRanks.agree`) ends them all with exit code 2 once rank 0 has told
-    it. Another error ends this rank at once, and the launcher then the others: they may be waiting for it in an
-    exchange, where NCCL would wait for them in turn if this process were to clean up. Raises UserError where this node
-    has fewer GPUs than ranks.
+    is, once this rank's GPU is the current device. An error that all ranks agreed on (`SamplingRanks.agree`) ends them
+    all with exit code 2 once rank 0 has told it. Another error ends this rank at once, and the launcher then the
+    others: they may be waiting for it in an exchange, where NCCL would wait for them in turn if this process were to
+    clean up. Raises UserError where this node has fewer GPUs than ranks, and where a group that is there has no way for
+    tensors of the CPU.
     """
     if dist.is_initialized():
-        yield SamplingRanks(_device(dist.get_rank())) if dist.get_world_size() > 1 else None
+        yield SamplingRanks(_device_in_group()) if dist.get_world_size() > 1 else None
         return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
@@ -164,10 +165,37 @@ def _without_nproc(argv: Sequence[str]) -> list[str]:
     return kept
 
 
+def _device_in_group() -> torch.device:
+    """This rank's device, made the current one, where somebody else has initialised the process group."""
+    assert dist.group.WORLD is not None
+    if "cpu" not in {device.type for device in dist.group.WORLD._device_types}:
+        raise UserError(
+            "the process group has no backend for the CPU, by which ranks agree: initialise it with "
+            'dist.init_process_group("cpu:gloo,cuda:nccl")'
+        )
+    local_rank = os.environ.get("LOCAL_RANK")
+    if local_rank is None and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = _device(int(local_rank or 0))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def _device(local_rank: int) -> torch.device:
+    """The GPU of this number, or the only one that the launcher shows to this rank; without GPUs the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
+    if gpus == 1 and _one_is_shown():
+        return torch.device("cuda", 0)
     if local_rank >= gpus:
         raise UserError(f"rank {local_rank} of this node has no GPU: there are {gpus}; start at most that many ranks")
     return torch.device("cuda", local_rank)
+
+
+def _one_is_shown() -> bool:
+    """Whether a launcher has chosen one GPU for this process."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return bool(shown) and "," not in shown

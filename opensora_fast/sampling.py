@@ -33,6 +33,7 @@ from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.flow import sampling_schedule
 from opensora_fast.guidance import Guidance
+from opensora_fast.kernels.context_parallel import ContextParallel
 from opensora_fast.mmdit import MMDiT
 from opensora_fast.modulation_schedule import ModulationSchedule
 from opensora_fast.positions import patchify, position_ids_THW, unpatchify
@@ -189,9 +190,11 @@ def denoise(
         num_steps=len(timesteps) - 1,
         latent_frames=frames,
     )
-    for step in range(guidance.num_steps):
-        weights = guidance.weights(step, conditioned=given_BNC is not None)
-        needed = {name: weight_T for name, weight_T in weights.items() if weight_T.any()}
+    names, weights_SKT = guidance.table(conditioned=given_BNC is not None)
+    needed_SK = weights_SKT.any(dim=-1).tolist()
+    weights_SKT = weights_SKT.to(state_BCTHW)  # once: a copy from the host in a step would wait for the step before
+    for step, needed_K in enumerate(needed_SK):
+        needed = {name: weights_SKT[step, k] for k, name in enumerate(names) if needed_K[k]}
         velocity_BCTHW = passes.guided(needed, state_BCTHW, step)
         state_BCTHW = state_BCTHW + (times[step + 1] - times[step]) * velocity_BCTHW
         if on_latent is not None:
@@ -208,6 +211,21 @@ class _Pass:
     txt_BLD: Tensor
     vector_B: Tensor
     cond_BNC: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What this rank's model calls for the same passes have in common; n of the N video tokens, L of the text's."""
+
+    names: Sequence[str]  # of the passes that are this rank's
+    plan: PassPlan
+    ids_RN3: Tensor
+    txt_RLD: Tensor
+    txt_ids_RL3: Tensor
+    vector_R: Tensor
+    y_vec_RD: Tensor
+    cond_RNC: Tensor | None
+    context: ContextParallel | None
 
 
 class _Passes:
@@ -235,22 +253,26 @@ class _Passes:
         patch_size = config.patch_size
         self._img_ids_N3 = position_ids_THW(frames, rows // patch_size, columns // patch_size, time_S.device)
         self._guidance_V = None if embedded_guidance is None else time_S.new_full((len(vectors_VD),), embedded_guidance)
+        self._calls: dict[tuple[str, ...], _Call] = {}  # by the names of a step's passes, those of all ranks
         self._schedule: ModulationSchedule | None = None
         if hasattr(model, "modulation"):
             self._schedule = ModulationSchedule.of(cast(MMDiT, model), time_S, vectors_VD, self._guidance_V)
 
     def guided(self, weights: Mapping[str, Tensor], state_BCTHW: Tensor, step: int) -> Tensor:
-        """The sum of the named passes' velocities by weight ([T] or [1]): [B, C, T, H, W] in the state's dtype."""
-        names = list(weights)
-        tokens = len(self._img_ids_N3)
-        plan = self._plan(len(names))
+        """The sum of the named passes' velocities by weight: [B, C, T, H, W] in the state's dtype.
+
+        The weights are [T], of the state's dtype and on its device.
+        """
+        names = tuple(weights)
+        if names not in self._calls:
+            self._calls[names] = self._new_call(names)
+        call = self._calls[names]
+        tokens, plan = len(self._img_ids_N3), call.plan
         place, members = (plan.context.rank, plan.context.size) if plan.context else (0, 1)
-        names = [names[index] for index in plan.my_passes]
-        velocities = self._velocities(names, patchify(state_BCTHW, self._config.patch_size), step, plan)
+        velocities = self._velocities(call, patchify(state_BCTHW, self._config.patch_size), step)
         guided_BnC: Tensor | None = None
-        for name, velocity_BnC in zip(names, velocities, strict=True):
-            weight_T = weights[name].to(state_BCTHW).expand(self._latent_thw[0])
-            weight_N = weight_T.repeat_interleave(tokens // self._latent_thw[0])
+        for name, velocity_BnC in zip(call.names, velocities, strict=True):
+            weight_N = weights[name].repeat_interleave(tokens // self._latent_thw[0])
             part_BnC = shard(weight_N, place, members, dim=0)[:, None] * velocity_BnC.to(state_BCTHW.dtype)
             guided_BnC = part_BnC if guided_BnC is None else guided_BnC + part_BnC
         assert guided_BnC is not None  # every rank has a pass
@@ -271,37 +293,51 @@ class _Passes:
             element_bytes=getattr(self._model, "dtype", torch.float32).itemsize,
         )
 
-    def _velocities(self, names: Sequence[str], img_BNC: Tensor, step: int, plan: PassPlan) -> Sequence[Tensor]:
-        """One velocity [B, n, C] for every named pass, of this rank's tokens."""
+    def _new_call(self, names: Sequence[str]) -> _Call:
+        plan = self._plan(len(names))
+        names = [names[index] for index in plan.my_passes]
         passes = [self._passes[name] for name in names]
-        img_RNC = img_BNC.repeat(len(passes), 1, 1)
-        ids_RN3 = self._img_ids_N3.expand(len(img_RNC), -1, -1)
-        txt_RLD = torch.cat([each.txt_BLD for each in passes])
-        vector_R = torch.cat([each.vector_B for each in passes])
+        ids_RN3 = self._img_ids_N3.expand(len(passes) * self._batch, -1, -1)
+        txt_RLD = _joined([each.txt_BLD for each in passes])
+        vector_R = _joined([each.vector_B for each in passes])
         conds = [each.cond_BNC for each in passes if each.cond_BNC is not None]
-        cond_RNC = torch.cat(conds) if conds else None
-        options: dict[str, Any] = {}
-        if plan.context is not None:
-            place, members = plan.context.rank, plan.context.size
-            lengths = joint_lengths(txt_RLD.shape[1], img_RNC.shape[1], members)
-            options["context"] = plan.context.with_lengths(lengths)
-            img_RNC, ids_RN3, txt_RLD = (shard(x, place, members) for x in (img_RNC, ids_RN3, txt_RLD))
+        cond_RNC = _joined(conds) if conds else None
+        context = plan.context
+        if context is not None:
+            place, members = context.rank, context.size
+            context = context.with_lengths(joint_lengths(txt_RLD.shape[1], ids_RN3.shape[1], members))
+            ids_RN3, txt_RLD = (shard(x, place, members) for x in (ids_RN3, txt_RLD))
             cond_RNC = None if cond_RNC is None else shard(cond_RNC, place, members)
+        txt_ids_RL3 = torch.zeros(*txt_RLD.shape[:2], 3, device=txt_RLD.device)
+        y_vec_RD = self._vectors_VD[vector_R]
+        return _Call(names, plan, ids_RN3, txt_RLD, txt_ids_RL3, vector_R, y_vec_RD, cond_RNC, context)
+
+    def _velocities(self, call: _Call, img_BNC: Tensor, step: int) -> Sequence[Tensor]:
+        """One velocity [B, n, C] for every pass of the call, of this rank's tokens."""
+        img_RNC = img_BNC.repeat(len(call.names), 1, 1)
+        options: dict[str, Any] = {}
+        if call.context is not None:
+            img_RNC = shard(img_RNC, call.context.rank, call.context.size)
+            options["context"] = call.context
         if self._schedule is not None:
-            options["modulation"] = self._schedule.rows(step, vector_R)
+            options["modulation"] = self._schedule.rows(step, call.vector_R)
         elif self._guidance_V is not None:
-            options["guidance"] = self._guidance_V[vector_R]
+            options["guidance"] = self._guidance_V[call.vector_R]
         velocity_RnC = self._model(
             img_RNC,
-            ids_RN3,
-            txt_RLD,
-            torch.zeros(*txt_RLD.shape[:2], 3, device=txt_RLD.device),
+            call.ids_RN3,
+            call.txt_RLD,
+            call.txt_ids_RL3,
             self._time_S[step].expand(len(img_RNC)),
-            self._vectors_VD[vector_R],
-            cond=cond_RNC,
+            call.y_vec_RD,
+            cond=call.cond_RNC,
             **options,
         )
         return velocity_RnC.split(self._batch)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _shared(text: PromptEncoding | None, ranks: SamplingRanks | None) -> PromptEncoding:

@@ -112,7 +112,10 @@ class WeightRing:
             return
         slot.used = self._copies.mark()
         if not self._wrap and i == len(self._units) - 1:
-            # Everything copied was waited for, so the computing stream may use the memory for what comes next.
+            # The computing stream may use the memory for what comes next, once nothing is on its way there.
+            for each in self._slots:
+                if each.ready is not None:  # None: nothing ever was
+                    self._copies.wait(each.ready)
             self._slots = []
 
     def _arrived(self, i: int) -> _Slot:
@@ -134,8 +137,9 @@ class WeightRing:
 
     def _bring(self, i: int, slot: _Slot) -> _Slot:
         stored = self._units[i].stored
-        slot.unit = i
+        slot.unit = None  # of none, should the copy fail
         slot.ready = self._copies.copy(slot.memory[: stored.numel()], stored, after=slot.used)
+        slot.unit = i
         return slot
 
     def _expand(self, i: int, stored: Tensor, form: Fp8Form) -> list[Tensor]:

@@ -3,7 +3,8 @@
 Where a GPU is, its rows are measured: the real models of the released sizes with random weights, through the sampler's
 own functions. Under torchrun all ranks measure together. Steps with equally many passes of guidance take equally long,
 so that of each number a few are timed and stand for the rest; a row says how many, and how many steps of each number
-there are. Everywhere else a row is modelled (`sample_model`), and says so and by what.
+there are; it is appended when its case ends. Everywhere else a row is modelled (`sample_model`), and says so and by
+what.
 
     opensora-fast bench sample [--model open-sora-v2] [--resolutions 256px 768px] [--gpus 1 8] [--out rows.jsonl]
     torchrun --nproc-per-node 8 -m opensora_fast.cli bench sample --out rows.jsonl
@@ -54,13 +55,18 @@ def main(argv: list[str]) -> int:
         ]
         results = []
         bench = Measurement(device, ranks) if device is not None else None
+        first, machine = ranks is None or ranks.rank == 0, this_machine()
         for case in cases:
             if bench is not None and case.gpus in measured:
                 results.append(bench.result(case, options.timed_steps))
-            elif ranks is None or ranks.rank == 0:
+            elif first:
                 results.append(modelled_result(case))
-        if ranks is None or ranks.rank == 0:
-            _tell(results, device, options.out)
+            else:
+                continue
+            if first:
+                _keep(results[-1], machine, device, options.out)
+        if first:
+            _tell(results, machine, device)
     return leave(1 if any(result.missing for result in results) else 0)
 
 
@@ -174,8 +180,16 @@ def _reasons(result: Result) -> str:
     return "; ".join(f"{phase}: {reason}" for phase, reason in result.missing.items())
 
 
-def _tell(results: Sequence[Result], device: torch.device | None, out: Path | None) -> None:
-    machine = this_machine()
+def _keep(result: Result, machine: Machine, device: torch.device | None, out: Path | None) -> None:
+    """Tell of a case when it ends and append its row: what comes later may be cut."""
+    [[case, kind, *figures, _]] = table([result])
+    told = ", ".join(f"{name} {figure}" for name, figure in zip(HEADINGS[2:], figures, strict=False))
+    print(f"{case}: {kind}: {told}", flush=True)
+    if out is not None:
+        ledger.append(out, rows([result], machine, device))
+
+
+def _tell(results: Sequence[Result], machine: Machine, device: torch.device | None) -> None:
     where = "nothing" if device is None else machine.device(device.type)
     caption = sample_model.BY if any(result.timed_steps is None for result in results) else ""
     print_table(
@@ -184,5 +198,3 @@ def _tell(results: Sequence[Result], device: torch.device | None, out: Path | No
     for result in results:
         if result.missing:
             print(f"{result.case}: no figure for {_reasons(result)}")
-    if out is not None:
-        ledger.append(out, rows(results, machine, device))

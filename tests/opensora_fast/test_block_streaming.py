@@ -296,6 +296,32 @@ def test_a_ring_that_does_not_wrap_gives_up_its_slots():
     ring.close()
 
 
+def test_slots_go_when_nothing_is_on_its_way_to_them():
+    """The first asks for the second; the last runs instead, and the slots go."""
+    copies = RecordedCopies()
+    layers, ring = ring_of(4, copies, wrap=False)
+    layers[0](torch.randn(2, 3))
+    layers[3](torch.randn(2, 3))
+    assert [each.waited is not None for each in copies.copies] == [True] * 3
+    layers[3](torch.randn(2, 3))  # alone: nothing ever came to the other slot
+    ring.close()
+
+
+def test_a_copy_that_fails_leaves_no_weights_behind(monkeypatch):
+    copies = ImmediateCopies()
+    layers, ring = ring_of(3, copies, wrap=True)
+    x = torch.randn(2, 3)
+    expected = [x @ layer.weight.T + layer.bias for layer in layers]
+    layers[0](x)
+    with monkeypatch.context() as patch:
+        patch.setattr(copies, "copy", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            layers[2](x)
+    for i in (2, 1, 0):
+        assert layers[i](x).equal(expected[i])
+    ring.close()
+
+
 def test_a_block_that_fails_leaves_everything_in_order(monkeypatch):
     model, inputs = random_model(), random_inputs()
     expected, before = run(model, inputs, precomputed=False), values(model)

@@ -1,6 +1,7 @@
 """doctor on this machine, on one without the native module, and with a setting that cannot be obeyed."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,32 @@ def test_a_backend_that_cannot_run_is_an_error(monkeypatch, capsys):
     backend.overrides.cache_clear()
     assert doctor.main([]) == 1
     assert "error: OPENSORA_FAST_BACKEND=pixel_shuffle:cudnn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "cuda", "told"),
+    [
+        (None, None, None),
+        (8907, "12.1", None),
+        (90700, "12.8", None),
+        (90800, "12.8", "cuDNN 9.8.0 does not run .* 'nvidia-cudnn-cu12>=9.15'"),
+        (91401, "13.0", "cuDNN 9.14.1 does not run .* 'nvidia-cudnn-cu13>=9.15'"),
+        (91501, "13.0", None),
+    ],
+)
+def test_cudnn_that_leaves_convolutions_out_is_told(version, cuda, told):
+    error = doctor.cudnn_error(version, cuda)
+    assert error is None if told is None else re.search(told, error)
+
+
+def test_an_error_is_shown_and_is_the_exit_code(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "_errors", lambda: ["cuDNN 9.10.2 does not do"])
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "cuDNN 9.10.2 does not do" in shown
+    assert doctor.examine()["versions"]["cuDNN"] == "9.10.2"
 
 
 def _op_files():

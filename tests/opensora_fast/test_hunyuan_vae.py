@@ -17,6 +17,7 @@ from opensora_fast import hunyuan_vae
 from opensora_fast.config import HunyuanVAEConfig, config_from_dict
 from opensora_fast.errors import UserError
 from opensora_fast.hunyuan_vae import HunyuanVAE, frame_causal_attention
+from opensora_fast.memory_plan import CONTEXT
 from opensora_fast.tiling import BatchedTiles
 
 pytest.importorskip("diffusers", reason="the Hunyuan autoencoder is built from diffusers' parts")
@@ -198,6 +199,8 @@ def test_no_convolution_of_the_released_decoder_pads_more_than_a_gpu_can_address
         video = model.decode(torch.empty(1, 16, 33, 32, 32))
     assert video.shape == (1, 3, 129, 256, 256)
     assert max(largest) <= hunyuan_vae.CHUNK < 2**31
+    # In bfloat16 a piece and its result in another layout are within what a memory budget leaves beside its plan.
+    assert 2 * 2 * max(largest) <= CONTEXT
 
 
 def test_attention_sees_no_later_frame_and_builds_no_mask(monkeypatch):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch
 from opensora_fast import cli, loaded_models
 from opensora_fast.errors import UserError
 from opensora_fast.flux_autoencoder import FluxAutoencoder
-from opensora_fast.loaded_models import LoadOptions, choose
-from opensora_fast.memory_plan import MemoryPlan, choose_memory, every_setting, usable_bytes
+from opensora_fast.loaded_models import LoadOptions, choose, load_models
+from opensora_fast.memory_plan import GIB, MemoryPlan, choose_memory, every_setting, usable_bytes
 from opensora_fast.memory_prediction import MemorySettings, activation_bytes, add_weights, meta_model
 from opensora_fast.model_folder import find_model
 from opensora_fast.pipeline import VideoPipeline
@@ -143,3 +144,45 @@ def test_a_budget_that_needs_streaming_makes_the_same_file(released_folder, tmp_
     assert f"memory: {STREAMED}: " in capsys.readouterr().err
     assert (tmp_path / "small.png").read_bytes() == (tmp_path / "large.png").read_bytes()
     assert cli.main([*words, str(tmp_path / "none.png"), "--memory-budget", str(budget - 2)]) == 2
+
+
+class Card:
+    """One of two GPUs of 141 GiB, the second the current one, and the limits that PyTorch's allocator is given."""
+
+    def __init__(self, monkeypatch):
+        self.limits: list[tuple[float, int]] = []
+        properties = SimpleNamespace(total_memory=141 * GIB)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+        set_fraction = lambda fraction, device: self.limits.append((fraction, device))  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", set_fraction, raising=False)
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_the_gpu_has_its_number(name, monkeypatch):
+    """Without it PyTorch refuses to limit the allocator."""
+    Card(monkeypatch)
+    device, dtype = loaded_models._place(LoadOptions(device=name), None)
+    assert (device, dtype) == (torch.device("cuda", 1), torch.bfloat16)
+
+
+def test_a_budget_limits_the_allocator_until_there_is_none(released_folder, monkeypatch):
+    """What the context takes is not the allocator's."""
+    card, parts = Card(monkeypatch), find_model(released_folder("open-sora-v2"))
+
+    class Enough(Exception):
+        pass
+
+    def no_further(*_):
+        raise Enough
+
+    plan = MemoryPlan(24 * GIB, STREAMED, {"denoise": 1}, "as the test says")
+    monkeypatch.setattr(loaded_models, "choose_memory", lambda *_, **__: plan)
+    monkeypatch.setattr(loaded_models, "load_text_encoders", no_further)
+    for budget in ("24GiB", None):
+        with pytest.raises(Enough):
+            load_models(parts, LoadOptions(memory_budget=budget), [(SMALL, "t2v")])
+    assert card.limits == [(23 / 141, 1), (1.0, 1)]

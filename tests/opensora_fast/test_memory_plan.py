@@ -295,7 +295,7 @@ def test_requests_that_sample_refuses_are_refused(models):
 def choose(models, activations, monkeypatch):
     """choose(budget): with activations that were predicted before, and no memory left to a GPU's libraries, which is
     more than these models take."""
-    monkeypatch.setattr(memory_plan, "_CONTEXT", 0)
+    monkeypatch.setattr(memory_plan, "CONTEXT", 0)
     monkeypatch.setattr(memory_plan, "activation_bytes", lambda *arguments: activations[arguments[2].condition])
 
     def choose(budget, **options):

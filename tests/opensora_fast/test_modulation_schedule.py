@@ -23,7 +23,7 @@ VECTORS = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
 
 
 def leaves(modulation):
-    return torch.utils._pytree.tree_leaves([modulation.double, modulation.single, list(modulation.final)])
+    return [*modulation.img_R6D, *modulation.txt_R6D, *modulation.single_R3D, modulation.final_R2D]
 
 
 @pytest.mark.parametrize("distilled", [False, True])

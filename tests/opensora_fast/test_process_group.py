@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,60 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="rank 2 of this node has no GPU: there are 2"), joined():
+        pass
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Eight of them; what is made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return current
+
+
+def group_of(monkeypatch, *devices):
+    """Of two nodes with eight ranks each; this is the first of the second."""
+    world = SimpleNamespace(_device_types=[torch.device(device) for device in devices])
+    there = SimpleNamespace(
+        is_initialized=lambda: True,
+        get_world_size=lambda: 16,
+        get_rank=lambda: 8,
+        group=SimpleNamespace(WORLD=world),
+    )
+    monkeypatch.setattr(process_group, "dist", there)
+    monkeypatch.setattr(process_group, "SamplingRanks", lambda device: device)
+
+
+@pytest.mark.parametrize(("local_rank", "index"), [("3", 3), (None, 5)])
+def test_a_group_that_is_there_is_used_on_the_gpu_of_this_node(local_rank, index, gpus, monkeypatch):
+    group_of(monkeypatch, "cpu", "cuda")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local_rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with joined() as ranks:
+        assert ranks == torch.device("cuda", index)
+    assert gpus == [torch.device("cuda", index)]
+
+
+def test_a_group_without_the_cpu_is_refused(gpus, monkeypatch):
+    group_of(monkeypatch, "cuda")
+    with pytest.raises(UserError, match="no backend for the CPU.*cpu:gloo,cuda:nccl"), joined():
+        pass
+
+
+def test_a_rank_may_be_shown_its_own_gpu_alone(gpus, monkeypatch):
+    group_of(monkeypatch, "cpu", "cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with joined() as ranks:
+        assert ranks == torch.device("cuda", 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="rank 3 of this node has no GPU: there are 1"), joined():
         pass
 
 

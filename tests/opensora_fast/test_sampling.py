@@ -1,5 +1,6 @@
 """Guided sampling: the released result, with no pass that is not needed; and whole videos of a small model."""
 
+from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from opensora_fast.conditions import condition_tokens
 from opensora_fast.config import MMDIT_PRESETS
@@ -166,6 +169,55 @@ def test_each_item_may_have_its_own_negative_prompt():
         }
         alone["null_vec"] = arguments["vec"][[1 - item]]
         torch.testing.assert_close(both[[item]], denoise(LinearModel(), **alone, **GUIDANCE))
+
+
+class HostTensors(TorchDispatchMode):
+    """Notes the operations of the steps that read a tensor of the host: on a GPU each is a copy that waits for it.
+
+    The device is "meta" here. The steps begin with the model's first call.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls, self.found = model, 0, []
+        self.config = getattr(model, "config", MMDIT_PRESETS["tiny"])
+        if hasattr(model, "modulation"):
+            self.modulation = model.modulation
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return self.model(*args, **options)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if self.calls and any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class GivenFirstFrame(torch.Tensor):
+    """A mask without data that is known to be one."""
+
+    def any(self):
+        return True
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+@pytest.mark.parametrize("kind", [LinearModel, MMDiT])
+def test_no_step_reads_a_tensor_of_the_host(kind, conditioned, model):
+    arguments = {key: value if value is None else value.to("meta") for key, value in inputs(conditioned=False).items()}
+    if kind is MMDiT:
+        arguments |= {"txt": torch.empty(2, 5, 48, device="meta"), "null_txt": torch.empty(1, 5, 48, device="meta")}
+        arguments |= {"vec": torch.empty(2, 32, device="meta"), "null_vec": torch.empty(1, 32, device="meta")}
+    if conditioned:
+        mask = torch.empty(2, 1, 3, 4, 6, device="meta").as_subclass(GivenFirstFrame)
+        arguments |= {"mask": mask, "reference": torch.empty(2, 4, 3, 4, 6, device="meta")}
+    arguments["timesteps"] = torch.linspace(1, 0, 15)  # of the host, as the sampler passes it
+    watched = HostTensors(deepcopy(model).to("meta") if kind is MMDiT else LinearModel())
+    with watched:
+        denoise(watched, **arguments, **GUIDANCE)
+    assert watched.calls == 14
+    assert watched.found == []
 
 
 def test_modulation_is_computed_once_and_for_distinct_prompts_only(golden, golden_model, monkeypatch):

@@ -48,6 +48,24 @@ def test_a_row_is_measured_and_another_modelled(tmp_path: Path, capsys: pytest.C
     assert "modelled" in printed
 
 
+def test_a_row_is_there_when_a_later_case_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modelled = sample_bench.modelled_result
+
+    def cut(of: SampleCase) -> Result:
+        if of.gpus == 8:
+            raise KeyboardInterrupt
+        return modelled(of)
+
+    monkeypatch.setattr(sample_bench, "modelled_result", cut)
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sample_bench.main([*TINY[2:], "--device", "none", "--out", str(out)])
+    (row,) = ledger.read([out])
+    assert f"{row['case']}: modelled: text " in capsys.readouterr().out
+
+
 def test_without_a_gpu_everything_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
     assert cli.main([*TINY, "--device", "none", "--out", str(out)]) == 0

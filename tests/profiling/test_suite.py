@@ -40,7 +40,7 @@ def test_a_short_rehearsal_of_every_part_without_an_install(tmp_path: Path) -> N
     assert told["commit"] == "abc123"
     assert told["red"] == []
     parts = {part["part"]: part["status"] for part in told["parts"]}
-    for part in ("doctor", "test flow_mix", "time flow_mix", "time sample", "report"):
+    for part in ("doctor", "test flow_mix", "time flow_mix", "time sample 64px", "report"):
         assert parts[part] == "ok"
     assert parts["yardstick"] == "skipped"
     rows = ledger.read([out / "rows.jsonl"])
@@ -122,6 +122,24 @@ def test_the_tests_of_candidates_are_parts_of_their_own(rehearsal, monkeypatch) 
     parts = [result.part for result in rehearsal.results]
     assert parts[:2] == ["test gelu", "test attention"]
     assert "test attention_triton" in parts
+
+
+def test_short_videos_come_first_and_long_ones_have_time_of_their_own(rehearsal, monkeypatch) -> None:
+    """By the model 768px takes half a minute of steps and as long to decode, and random weights have to be made."""
+    started = []
+
+    def run(self, part, command, *, limit):
+        started.append((part, limit, " ".join(command)))
+        return suite.Result(part=part, status="ok")
+
+    monkeypatch.setattr(suite.Suite, "run", run)
+    rehearsal.device = "cuda"
+    suite.sampling(rehearsal, [])
+    (_, _, _), (short, _, few), (long, limit, one) = started
+    assert (short, long) == ("time sample 256px", "time sample 768px")
+    assert "--resolutions 256px --timed-steps 2 " in few
+    assert "--resolutions 768px --timed-steps 1 " in one
+    assert limit == 240
 
 
 def test_an_unfinished_test_is_red_and_an_unfinished_extra_is_not(rehearsal) -> None:
