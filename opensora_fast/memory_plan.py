@@ -15,17 +15,18 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from opensora_fast.block_streaming import weight_bytes
+from opensora_fast.block_streaming import Home, weight_bytes
 from opensora_fast.config import MMDiTConfig
 from opensora_fast.errors import UserError
 from opensora_fast.memory_prediction import (
     MemorySettings,
     PictureNeeds,
     SamplingShape,
+    Stay,
     TextNeeds,
     activation_bytes,
     add_weights,
@@ -127,12 +128,12 @@ def choose_memory(
 
 def every_setting(*, fp8: bool) -> list[MemorySettings]:
     """All ways to spend less memory, on weights exact or (fp8) in 8 bits."""
-    ways = itertools.product(
-        ("resident", "while_used"), ("resident", "while_used"), ("resident", "streamed"), ("resident", "precomputed")
-    )
+    stays: tuple[Stay, ...] = ("resident", "while_used")
+    homes: tuple[Home, ...] = ("resident", "streamed")
+    modulations: tuple[Literal["resident", "precomputed"], ...] = ("resident", "precomputed")
     return [
-        MemorySettings(text=text, autoencoder=autoencoder, blocks=blocks, modulation=modulation, fp8=fp8)  # type: ignore[arg-type]
-        for text, autoencoder, blocks, modulation in ways
+        MemorySettings(text=text, autoencoder=autoencoder, blocks=blocks, modulation=modulation, fp8=fp8)
+        for text, autoencoder, blocks, modulation in itertools.product(stays, stays, homes, modulations)
     ]
 
 

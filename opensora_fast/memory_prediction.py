@@ -161,7 +161,7 @@ class PictureNeeds:
             laps = Laps(live)
             flux = FluxImages(
                 DatalessModel(model, few, steps, fake, laps),  # type: ignore[arg-type]  # what FluxImages asks of it
-                PhasedAutoencoder(autoencoder, laps),  # type: ignore[arg-type]
+                PhasedAutoencoder(autoencoder, laps),  # type: ignore[arg-type]  # the same: decode and the sizes
                 DatalessText(config, text_tokens, like),
             )
             ratio = max(ASPECT_RATIOS, key=lambda ratio: math.prod(flux.size(resolution, ratio)))

@@ -152,10 +152,13 @@ def denoise(
     bit for bit. `on_step` is called with the number of steps done, `on_latent` with that and the clean latent that
     the step predicts, x_t - t v, on every rank.
 
-    Raises UserError when only one of mask and reference is there, and where the model refuses its inputs.
+    Raises UserError when only one of mask and reference is there, for fewer than two timesteps, and where the model
+    refuses its inputs.
     """
     if (mask is None) != (reference is None):
         raise UserError("mask and reference belong together: pass both, or None for both")
+    if len(timesteps) < 2:
+        raise UserError(f"timesteps has length {len(timesteps)}: pass at least 2, falling from 1 to 0")
     state_BCTHW = noise.to(torch.promote_types(noise.dtype, torch.float32))
     times = timesteps.to(state_BCTHW)
     config = getattr(model, "config", MMDiTConfig())

@@ -70,7 +70,7 @@ def compile_decoder(autoencoder: Autoencoder, latents: Sequence[tuple[int, ...]]
         )
     if not isinstance(network, Engines):
         network = Engines("autoencoder's decoder", network)
-        autoencoder.decoder = network  # type: ignore[attr-defined]
+        autoencoder.decoder = network  # type: ignore[attr-defined]  # asked for above; the protocol has none
     parameter = next(network.parameters())
     for shape in latents:
         autoencoder.decode(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))

@@ -296,6 +296,11 @@ def test_half_a_condition_is_refused():
         denoise(LinearModel(), **inputs() | {"mask": None}, **GUIDANCE)
 
 
+def test_a_schedule_without_a_step_is_refused():
+    with pytest.raises(UserError, match="timesteps has length 1: pass at least 2"):
+        denoise(LinearModel(), **inputs() | {"timesteps": torch.ones(1)}, **GUIDANCE)
+
+
 class Blocks:
     """An autoencoder that averages blocks of 4 frames (a lone frame: 1) x 8 x 8 pixels; latents keep the colours."""
 
